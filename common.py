@@ -1,0 +1,1370 @@
+"""What the method scripts share: infrastructure only, no method lives here.
+
+    processes     setup, gather, total, shard, heartbeat, ..: the same call on 1 or 80 processes
+    data          digits, torchvision's sets, folders; one Loader for memory and for files
+    augmentation  a whole batch at once, every image with its own random numbers
+    networks      Sobel and the backbones, with named stages for probing
+    faiss         nearest, kmeans, pca, whiten: over shards, on CPU or GPU
+    metrics       NMI, clustering accuracy, ARI, weighted kNN, cluster sizes
+    run folder    log, checkpoint, backbone, assignments, pictures
+
+Would this line change if a sentence of one paper changed? Then it belongs in that paper's script.
+Sizes: N images, B batch (over all processes), b batch of this process, C channels, S image size,
+D feature size, K clusters. Each function can be copied out with the verbs it calls.
+"""
+
+import contextlib
+import csv
+import hashlib
+import importlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import warnings
+import zipfile
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch  # before faiss: both bring an OpenMP, and this order is the one that works
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageFile
+from torch import nn
+from tqdm import tqdm
+
+import faiss  # isort: skip
+
+DATASETS = ["digits", "mnist", "fashionmnist", "cifar10", "cifar100-20", "svhn", "stl10"]
+ARCHS = ["lenet5", "alexnet", "alexnet-small", "vgg16", "resnet18", "resnet50"]
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+
+
+# --------------------------------------------------------------------------- processes
+# On one process every verb below does nothing, so the scripts never ask how many there are.
+
+
+def processes():
+    """Number of processes in this run, 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    """This process's number, 0 .. processes() - 1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def main_process():
+    """True on the one process that prints and writes. Decide everywhere, speak on one."""
+    return rank() == 0
+
+
+def setup(device="auto"):
+    """Join torchrun's processes if there are any; return this process's torch.device.
+
+    device: "auto" (CUDA where there is some, else the CPU), "cpu", "cuda" or "cuda:1".
+    gloo carries CPU tensors and nccl CUDA tensors; a collective nobody answers ends after 10 minutes.
+    """
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, _remember_signal)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        refuse(f"--device {device} is not a device; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            refuse("--device cuda: torch sees no CUDA device here; leave --device out to run on the CPU")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    return device
+
+
+def refuse(message, code=2):
+    """End with one line and no traceback. All processes must come here together (see agree)."""
+    if main_process():
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    leave(code)
+
+
+def leave(code=0):
+    """Say goodbye to the other processes and exit with this code."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    raise SystemExit(code)
+
+
+def agree(problem):
+    """Refuse on every process if any of them passes a message instead of None."""
+    if dist.is_initialized():
+        problems = [None] * processes()
+        dist.all_gather_object(problems, problem)
+        problem = next((p for p in problems if p), None)
+    if problem:
+        refuse(problem)
+
+
+def from_main(make):
+    """Call make() on the main process and give its result to all; its SystemExit ends all."""
+    if not dist.is_initialized():
+        return make()
+    box = [None, None]
+    if main_process():
+        try:
+            box = [make(), None]
+        except SystemExit as end:
+            box = [None, end.code]
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise SystemExit(box[1])
+    return box[0]
+
+
+def total(x):
+    """Sum of x (any shape) over the processes; a new tensor, no gradient."""
+    x = x.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def gather(x):
+    """Concatenate x (n, ..) over the processes, whose n may differ; no gradient."""
+    x = x.detach().contiguous()
+    if not dist.is_initialized():
+        return x
+    sizes = [None] * processes()
+    dist.all_gather_object(sizes, len(x))
+    padded = x.new_zeros(max(sizes), *x.shape[1:])
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def shard(n):
+    """(start, stop): the part of n things that this process owns; sizes differ by one at most."""
+    return rank() * n // processes(), (rank() + 1) * n // processes()
+
+
+def parallel(net):
+    """The network with its gradients averaged over the processes; buffers follow process 0."""
+    if not dist.is_initialized() or not any(p.requires_grad for p in net.parameters()):
+        return net
+    device = next(net.parameters()).device
+    return nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
+
+
+def share_buffers(net):
+    """Copy process 0's buffers (batch-norm statistics) to all, before features are computed."""
+    if dist.is_initialized():
+        for buffer in net.buffers():
+            dist.broadcast(buffer, 0)
+
+
+_signal = None
+
+
+def _remember_signal(number, _frame):
+    global _signal
+    if _signal:  # asked twice: go at once
+        os._exit(128 + number)
+    _signal = number
+
+
+def leave_if_asked():
+    """Leave now if a signal came; for phases in which there is nothing new to save."""
+    if _signal:
+        print(
+            f"stopped by signal {_signal}; the same command goes on from the last checkpoint",
+            flush=True,
+        )
+        os._exit(128 + _signal)
+
+
+def heartbeat(loss):
+    """One small collective per step: (mean loss over the processes, signal number or 0).
+
+    loss: scalar tensor. Every process gets the same answer, so all stop together: with exit code 1
+    if any loss is NaN or infinite (before the optimiser has touched the weights).
+    """
+    beat = total(torch.tensor([loss.item(), float(_signal or 0)], dtype=torch.float64))
+    mean = beat[0].item() / processes()
+    if not math.isfinite(mean):
+        refuse(
+            f"the loss is {mean}: stopped before the step, the checkpoint is as it was. Lower --lr?",
+            1,
+        )
+    return mean, int(beat[1].item() / max(1, processes())) or int(beat[1].item() > 0)
+
+
+def generator(*key):
+    """A CPU random generator that depends on the key alone, e.g. (seed, epoch, step, "flip").
+
+    Nothing random is drawn from anywhere else, so there is no random state to save, and images,
+    crops and starting points are the same on 1 or 8 processes, on the CPU or a GPU.
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def seed_all(*key):
+    """Seed torch's global generators (initial weights, dropout) from the key alone."""
+    torch.manual_seed(generator(*key).initial_seed())
+
+
+# --------------------------------------------------------------------------- data
+
+
+@dataclass
+class Images:
+    """One split: pixels in memory, or paths to files. Labels are for reporting only."""
+
+    name: str
+    pixels: torch.Tensor | None  # (N, C, H, W) uint8, on the run's device
+    paths: list | None  # N file names
+    labels: torch.Tensor | None  # (N,) int64 on the CPU
+    classes: list
+    mean: tuple  # C numbers in 0..1
+    std: tuple
+
+    def __len__(self):
+        return len(self.pixels if self.paths is None else self.paths)
+
+    @property
+    def channels(self):
+        return len(self.mean)
+
+    def title(self, i):
+        return str(i) if self.paths is None else self.paths[i]
+
+
+def default_data():
+    """data/imagenet where that folder is, else the digits that come with scikit-learn."""
+    return "data/imagenet" if os.path.isdir("data/imagenet") else "digits"
+
+
+def load_data(name, root="data", device="cpu"):
+    """(train, test) as Images; test is None where the data has none.
+
+    name: one of DATASETS, or a folder: `train/` and `val/` (or `test/`), each an ImageFolder; or one
+    ImageFolder (classes are its sub-folders); or a folder of unlabelled images.
+    Ends with exit code 2 for an unknown name, a missing or empty folder, or classes that differ.
+    """
+    if name in DATASETS:
+        # One process per machine downloads; the others wait for it.
+        local_main = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        splits, problem = None, None
+        for turn in (True, False):
+            if local_main == turn and not problem:
+                try:
+                    splits = _torchvision_arrays(name, root, download=turn)
+                except Exception as error:
+                    problem = (
+                        f"--data {name}: not found under {root!r} and not downloadable ({_short(error)})"
+                    )
+            agree(problem)
+        mean = splits[0][0].mean((0, 2, 3)) / 255
+        std = np.maximum(splits[0][0].std((0, 2, 3)) / 255, 1e-3)
+        return tuple(
+            Images(
+                name,
+                torch.from_numpy(pixels).to(device),
+                None,
+                torch.from_numpy(labels),
+                classes,
+                tuple(mean.tolist()),
+                tuple(std.tolist()),
+            )
+            for pixels, labels, classes in splits
+        )
+    train = test = problem = None
+    try:
+        train, test = _folder_splits(name)
+    except ValueError as error:
+        problem = str(error)
+    agree(problem)
+    return train, test
+
+
+def _short(error):
+    return (str(error).splitlines() or [type(error).__name__])[0][:150]
+
+
+def _torchvision_arrays(name, root, download):
+    """[(pixels (N, C, H, W) uint8, labels (N,) int64, class names)] for train and test."""
+    if name == "digits":
+        return _digits()
+    sets = torchvision.datasets
+    if name in ("mnist", "fashionmnist"):
+        make = sets.MNIST if name == "mnist" else sets.FashionMNIST
+        both = [make(root, train=t, download=download) for t in (True, False)]
+        return [(d.data.numpy()[:, None], d.targets.numpy(), list(d.classes)) for d in both]
+    if name == "cifar10":
+        both = [sets.CIFAR10(root, train=t, download=download) for t in (True, False)]
+        return [(d.data.transpose(0, 3, 1, 2).copy(), np.array(d.targets), list(d.classes)) for d in both]
+    if name == "cifar100-20":
+        both = [sets.CIFAR100(root, train=t, download=download) for t in (True, False)]
+        result = []
+        for d in both:
+            fine = np.array(d.targets)
+            coarse = np.array(CIFAR100_SUPERCLASS)[fine]
+            result.append((d.data.transpose(0, 3, 1, 2).copy(), coarse, [str(i) for i in range(20)]))
+        return result
+    make, part = (sets.SVHN, "labels") if name == "svhn" else (sets.STL10, "labels")
+    both = [make(root, split=s, download=download) for s in ("train", "test")]
+    classes = [str(i) for i in range(10)]
+    return [(np.ascontiguousarray(d.data), getattr(d, part).astype(np.int64), classes) for d in both]
+
+
+# The superclass (0..19) of each of CIFAR-100's fine classes in alphabetical order, from the list of
+# superclasses that Krizhevsky published with the data.
+CIFAR100_SUPERCLASS = [  # fmt: skip
+    4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7,
+    6, 13, 15, 3, 15, 0, 11, 1, 10, 12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10,
+    16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16,
+    12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13,
+]  # fmt: skip
+
+
+def _digits():
+    """scikit-learn's 1,797 handwritten digits, 8x8 in 17 greys, enlarged once to 32x32; 1437 / 360."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    small = torch.from_numpy(images.reshape(-1, 1, 8, 8)).float() * (255 / 16)
+    large = F.interpolate(small, size=32, mode="bilinear", align_corners=False).round()
+    order = torch.randperm(len(large), generator=generator("digits"))
+    pixels, labels = large.to(torch.uint8)[order].numpy(), labels.astype(np.int64)[order.numpy()]
+    classes = [str(i) for i in range(10)]
+    return [(pixels[:1437], labels[:1437], classes), (pixels[1437:], labels[1437:], classes)]
+
+
+def _folder_splits(name):
+    folder = Path(name)
+    if not folder.is_dir():
+        raise ValueError(f"--data {name}: no such folder, and not one of {', '.join(DATASETS)}")
+    if not (folder / "train").is_dir():
+        return _folder(name, folder), None
+    train = _folder(name, folder / "train")
+    held = next((folder / s for s in ("val", "test") if (folder / s).is_dir()), None)
+    test = None if held is None else _folder(name, held)
+    if test is not None and train.classes and test.classes and train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        where = ", ".join(f"{c} only in {'train' if c in train.classes else held.name}" for c in odd[:5])
+        raise ValueError(f"--data {name}: train and {held.name} have different classes: {where}")
+    return train, test
+
+
+def _folder(name, folder):
+    """Images of one folder: labelled by sub-folder, unless images lie directly inside it."""
+
+    def listing(at):
+        try:
+            return sorted(e for e in at.iterdir() if not e.name.startswith("."))
+        except OSError as error:
+            raise ValueError(f"--data {name}: cannot read {at}: {error.strerror}") from None
+
+    def images_below(at):
+        for entry in listing(at):
+            if entry.is_dir():
+                if not entry.is_symlink():  # a link to a parent would never end
+                    yield from images_below(entry)
+            elif entry.suffix.lower() in IMAGE_SUFFIXES:
+                yield str(entry)
+
+    entries = listing(folder)
+    flat = any(e.suffix.lower() in IMAGE_SUFFIXES and not e.is_dir() for e in entries)
+    classes = [] if flat else [e.name for e in entries if e.is_dir()]
+    paths, labels = list(images_below(folder)) if flat else [], []
+    for label, c in enumerate(classes):
+        found = list(images_below(folder / c))
+        paths += found
+        labels += [label] * len(found)
+    if not paths:
+        raise ValueError(
+            f"--data {name}: no images in {folder} (looked for {' '.join(sorted(IMAGE_SUFFIXES))})"
+        )
+    labels = torch.tensor(labels, dtype=torch.int64) if classes else None
+    return Images(name, None, paths, labels, classes, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def open_image(path):
+    """Decode a file to an RGB PIL image; 16-bit and float greys are scaled to 0..255, not clipped.
+
+    Pillow, not torchvision.io: on damaged PNG files the latter takes the process down.
+    """
+    with warnings.catch_warnings(), Image.open(path) as image:
+        warnings.simplefilter("ignore")
+        image.load()
+        if image.mode.startswith("I") or image.mode == "F":
+            grey = np.asarray(image, dtype=np.float64)
+            top = grey.max(initial=0)
+            scale = 255.0 if top <= 1 and image.mode == "F" else 255 / 65535 if top > 255 else 1.0
+            grey = np.nan_to_num(grey * scale)
+            image = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8), "L")
+        return image.convert("RGB")
+
+
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+class _Files(torch.utils.data.Dataset):
+    """What a loader worker runs: one file to uint8 crops. Keys carry the index and its random numbers."""
+
+    def __init__(self, paths, make):
+        self.paths, self.make = paths, make
+
+    def __getitem__(self, key):
+        i, random = key
+        bad = []
+        for k in range(min(100, len(self.paths))):  # an unreadable file is replaced by the next one
+            j = (i + k) % len(self.paths)
+            try:
+                return i, self.make(open_image(self.paths[j]), random), bad
+            except Exception as error:
+                bad.append((j, _short(error)))
+        raise RuntimeError(f"100 unreadable image files in a row from {self.paths[i]}: {bad[0][1]}")
+
+
+def _collate(items):
+    index, views, bad = zip(*items, strict=True)
+    return torch.tensor(index), [torch.stack(v) for v in zip(*views, strict=True)], sum(bad, [])
+
+
+def _to_tensor(image):
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+
+
+class Loader:
+    """Batches of a split, from memory or from files; the image's index never leaves its side."""
+
+    def __init__(self, data, batch_size, size, resize, device, workers=4, seed=0, max_bad=100):
+        self.data, self.batch_size, self.size, self.resize = data, batch_size, size, resize
+        self.device, self.workers, self.seed, self.max_bad = device, workers, seed, max_bad
+        self.bad = {}  # index -> why the file could not be read
+        self.mean = torch.tensor(data.mean, device=device).view(-1, 1, 1)
+        self.std = torch.tensor(data.std, device=device).view(-1, 1, 1)
+
+    def steps(self, order=None):
+        """Whole batches in an epoch; the images left over wait for another epoch's order."""
+        return len(self.data if order is None else order) // self.batch_size
+
+    def epoch(self, epoch, views, order=None, start=0):
+        """Yield (index (b,), [one (b, C, S, S) normalised float tensor per View]) for each step.
+
+        order: (M,) dataset positions to visit, default a shuffle of all; start: first step.
+        The random numbers of the whole batch are drawn on the CPU, then cut to this process's part:
+        one row per image and view, whatever the number of processes or workers.
+        """
+        if order is None:
+            order = torch.randperm(len(self.data), generator=generator(self.seed, epoch, "order"))
+        first, last = shard(self.batch_size)
+
+        def draw(step):
+            index = order[step * self.batch_size : (step + 1) * self.batch_size][first:last]
+            gens = [generator(self.seed, epoch, step, "view", v) for v in range(len(views))]
+            rows = [torch.rand(self.batch_size, RANDOM, generator=g)[first:last] for g in gens]
+            return index, rows, [torch.randperm(4, generator=g).tolist() for g in gens]
+
+        steps = range(start, self.steps(order))
+        if self.data.paths is None:
+            for index, rows, turns in map(draw, steps):
+                raw = self.data.pixels[index.to(self.device)]
+                images = [
+                    geometry(raw, v, r.to(self.device), self.size) for v, r in zip(views, rows, strict=True)
+                ]
+                yield index, self._finish(images, views, rows, turns)
+            return
+
+        def make(image, rows):
+            return [_pil_geometry(image, v, r, self.size) for v, r in zip(views, rows, strict=True)]
+
+        def keys():
+            for index, rows, _ in map(draw, steps):
+                yield [(i, r) for i, *r in zip(index.tolist(), *rows, strict=True)]
+
+        for step, (index, images) in zip(steps, self._files(make, keys()), strict=True):
+            _, rows, turns = draw(step)
+            yield index, self._finish([x.float() / 255 for x in images], views, rows, turns)
+        self.check_files()
+
+    def _finish(self, images, views, rows, turns):
+        triples = zip(images, views, rows, turns, strict=True)
+        return [(colour(x, v, r.to(self.device), t) - self.mean) / self.std for x, v, r, t in triples]
+
+    def fixed(self, index, ten=False, batch_size=None):
+        """Yield (index (b,), crops (b, n, C, S, S)) over the given positions, in their order.
+
+        n = 1: the centre crop; ten: the corners and the centre, then their mirror images. The
+        shorter side is `resize` first. Every process passes its own index, no batch is left out.
+        """
+        size = batch_size or max(1, self.batch_size // processes())
+        parts = index.split(size) if len(index) else []
+        if self.data.paths is None:
+            batches = ((i, self._resized(self.data.pixels[i.to(self.device)])) for i in parts)
+            batches = ((i, fixed_crops(x, self.size, ten)) for i, x in batches)
+        else:
+
+            def make(image, _):
+                side = self.resize / min(image.size)
+                wanted = [max(self.size, round(n * side)) for n in image.size]
+                small = image.resize(wanted, Image.Resampling.BILINEAR)
+                return [fixed_crops(_to_tensor(small)[None], self.size, ten)[0]]
+
+            batches = self._files(make, [[(i, None) for i in part.tolist()] for part in parts])
+            batches = ((i, x[0].float() / 255) for i, x in batches)
+        for i, crops in batches:
+            leave_if_asked()
+            crops = torch.cat([crops, crops.flip(-1)], 1) if ten else crops
+            yield i, (crops - self.mean) / self.std
+
+    def _resized(self, pixels):
+        x, (h, w) = pixels.float() / 255, pixels.shape[2:]
+        if min(h, w) == self.resize:
+            return x
+        side = self.resize / min(h, w)
+        wanted = [max(self.size, round(n * side)) for n in (h, w)]
+        return F.interpolate(x, wanted, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
+
+    def _files(self, make, keys):
+        loader = torch.utils.data.DataLoader(
+            _Files(self.data.paths, make),
+            batch_sampler=keys,
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+            multiprocessing_context="fork" if self.workers else None,
+        )
+        for index, images, bad in loader:
+            for j, why in bad:
+                if j not in self.bad:
+                    print(
+                        f"unreadable image {self.data.paths[j]!r} ({why}): the next one stands in",
+                        flush=True,
+                    )
+                self.bad[j] = why
+            yield index, [x.to(self.device, non_blocking=True) for x in images]
+
+    def check_files(self):
+        """Refuse, on all processes, when more than max_bad files could not be read."""
+        count = len(set(gather(torch.tensor(sorted(self.bad), dtype=torch.int64)).tolist()))
+        if count > self.max_bad:
+            refuse(f"{count} image files could not be read, more than --max-bad {self.max_bad}")
+        return count
+
+
+def default_resize(size):
+    """Shorter side before the centre crop: 256 for 224, and nothing to cut off small images."""
+    return size if size <= 64 else round(size * 256 / 224)
+
+
+# --------------------------------------------------------------------------- augmentation
+# A batch at a time on any device, but image by image its own numbers: row i of `random` (b, RANDOM)
+# in 0..1 decides everything about image i. torchvision's v2 transforms give a whole batch one crop.
+
+RANDOM = 36  # 0-21 crop, 22 flip, 23 jitter or not, 24-27 its strengths, 28 grey, 29-30 blur, 31 solarise
+
+
+@dataclass(frozen=True)
+class View:
+    """How one view of an image is drawn; probabilities and ranges as in torchvision's transforms."""
+
+    area: tuple = (0.08, 1.0)  # share of the image a random resized crop keeps
+    ratio: tuple = (3 / 4, 4 / 3)  # width / height of the crop
+    flip: float = 0.5
+    pad: int = 0  # pixels; > 0: pad and crop at random instead of a resized crop (CIFAR)
+    jitter: tuple = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
+    jitter_p: float = 1.0
+    grey: float = 0.0
+    blur: float = 0.0
+    sigma: tuple = (0.1, 2.0)
+    solarise: float = 0.0
+
+
+def crop_boxes(random, height, width, area, ratio):
+    """(b, 4) integer boxes top, left, height, width from (b, 22) numbers in 0..1.
+
+    torchvision's RandomResizedCrop: ten tries at an area and a log-uniform ratio, the first that
+    fits counts; if none does, the largest centred box within the ratios.
+    """
+    log_ratio = math.log(ratio[0]) + random[:, 10:20] * math.log(ratio[1] / ratio[0])
+    share = height * width * (area[0] + random[:, :10] * (area[1] - area[0]))
+    w = (share * log_ratio.exp()).sqrt().round()  # (b, 10) tries
+    h = (share / log_ratio.exp()).sqrt().round()
+    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+    first = fits.int().argmax(1, keepdim=True)
+    w, h, found = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0], fits.any(1)
+    image_ratio = width / height
+    kept_w = width if image_ratio <= ratio[1] else round(height * ratio[1])
+    kept_h = height if image_ratio >= ratio[0] else round(width / ratio[0])
+    w, h = torch.where(found, w, kept_w), torch.where(found, h, kept_h)
+    top = torch.where(found, (random[:, 20] * (height - h + 1)).floor(), ((height - h) / 2).floor())
+    left = torch.where(found, (random[:, 21] * (width - w + 1)).floor(), ((width - w) / 2).floor())
+    return torch.stack([top, left, h, w], 1).long()
+
+
+def crop_resize(images, boxes, flip, size):
+    """Cut box i out of image i, resize it to size x size, mirror it where flip: (b, C, size, size).
+
+    images (b, C, H, W) float, boxes (b, 4), flip (b,) bool. Bilinear without antialiasing; samples
+    stay inside the crop, as if it had been cut out first.
+    """
+    height, width = images.shape[2:]
+    top, left, h, w = boxes.to(images.dtype).unbind(1)
+    unit = (torch.arange(size, device=images.device, dtype=images.dtype) + 0.5) / size  # pixel centres
+    across = torch.where(flip[:, None], 1 - unit, unit)  # (b, size)
+    y = (top[:, None] + h[:, None] * unit - 0.5).clamp(top[:, None], (top + h - 1)[:, None])
+    x = (left[:, None] + w[:, None] * across - 0.5).clamp(left[:, None], (left + w - 1)[:, None])
+    y, x = (2 * y + 1) / height - 1, (2 * x + 1) / width - 1  # grid_sample's -1..1
+    grid = torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], -1)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def geometry(pixels, view, random, size):
+    """Random crop and flip of uint8 (b, C, H, W) pixels: (b, C, size, size) float in 0..1."""
+    images, flip = pixels.float() / 255, random[:, 22] < view.flip
+    if view.pad:
+        images = F.pad(images, [view.pad] * 4)
+        top, left = ((random[:, 20 + i] * (images.shape[2 + i] - size + 1)).floor().long() for i in (0, 1))
+        boxes = torch.stack([top, left, torch.full_like(top, size), torch.full_like(top, size)], 1)
+    else:
+        boxes = crop_boxes(random[:, :22], *images.shape[2:], view.area, view.ratio)
+    return crop_resize(images, boxes, flip, size)
+
+
+def _pil_geometry(image, view, random, size):
+    """The same for one PIL image, antialiased: uint8 (3, size, size)."""
+    if view.pad:
+        x = geometry(_to_tensor(image)[None], view, random[None], size)[0]
+        return (x * 255).round().to(torch.uint8)
+    boxes = crop_boxes(random[None, :22], image.height, image.width, view.area, view.ratio)
+    top, left, h, w = boxes[0].tolist()
+    cut = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+    x = _to_tensor(cut)
+    return x.flip(-1) if random[22] < view.flip else x
+
+
+def colour(images, view, random, turns):
+    """Jitter, grey, blur and solarise (b, C, S, S) images in 0..1, each image with its own numbers.
+
+    turns: the order of brightness, contrast, saturation and hue, one for the batch.
+    """
+
+    def chosen(column, p):
+        return (random[:, column] < p).view(-1, 1, 1, 1)
+
+    if any(view.jitter):
+        b, c, s, h = view.jitter
+        strength = [1 + m * (2 * random[:, 24 + i] - 1) for i, m in enumerate((b, c, s))]
+        strength.append(h * (2 * random[:, 27] - 1))
+        changed = images
+        for t in turns:
+            if view.jitter[t]:
+                changed = JITTER[t](changed, strength[t].view(-1, 1, 1, 1))
+        images = torch.where(chosen(23, view.jitter_p), changed, images)
+    if view.grey and images.shape[1] == 3:
+        images = torch.where(chosen(28, view.grey), luminance(images), images)
+    if view.blur:
+        sigma = view.sigma[0] + random[:, 30] * (view.sigma[1] - view.sigma[0])
+        images = torch.where(chosen(29, view.blur), blur(images, sigma), images)
+    if view.solarise:
+        images = torch.where(chosen(31, view.solarise) & (images >= 0.5), 1 - images, images)
+    return images
+
+
+def luminance(images):
+    """(b, 3, S, S) -> (b, 1, S, S): ITU-R 601 grey; a grey image is its own."""
+    if images.shape[1] == 1:
+        return images
+    weight = images.new_tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)
+    return (images * weight).sum(1, keepdim=True)
+
+
+def brightness(images, factor):
+    return (images * factor).clamp(0, 1)
+
+
+def contrast(images, factor):
+    mean = luminance(images).mean((2, 3), keepdim=True)
+    return (images * factor + mean * (1 - factor)).clamp(0, 1)
+
+
+def saturation(images, factor):
+    if images.shape[1] == 1:
+        return images
+    return (images * factor + luminance(images) * (1 - factor)).clamp(0, 1)
+
+
+def hue(images, shift):
+    """Turn the hue by `shift` (-0.5..0.5 of the circle) through HSV; grey images stay as they are."""
+    if images.shape[1] == 1:
+        return images
+    r, g, b = images.split(1, 1)
+    top, spread = (
+        images.amax(1, keepdim=True),
+        images.amax(1, keepdim=True) - images.amin(1, keepdim=True),
+    )
+    safe = torch.where(spread > 0, spread, torch.ones_like(spread))
+    sector = torch.where(
+        top == r, (g - b) / safe, torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
+    )
+    turn = images.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)
+    k = (turn + sector + 6 * shift) % 6
+    return top - spread * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+JITTER = [brightness, contrast, saturation, hue]
+
+
+def blur(images, sigma):
+    """Gaussian blur, standard deviation sigma (b,) pixels; the kernel spans a tenth of the image [SimCLR]."""
+    b, c, _, size = images.shape
+    half = max(1, size // 20)
+    offset = torch.arange(-half, half + 1, device=images.device, dtype=images.dtype)
+    kernel = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, 0)[:, None]  # (b*c, 1, 2*half+1)
+    x = F.pad(images, [half] * 4, mode="reflect").reshape(1, b * c, size + 2 * half, -1)
+    x = F.conv2d(F.conv2d(x, kernel[:, :, :, None], groups=b * c), kernel[:, :, None], groups=b * c)
+    return x.view(images.shape)
+
+
+def fixed_crops(images, size, ten=False):
+    """(b, C, H, W) -> (b, n, C, size, size): the centre, or the four corners and the centre."""
+    bottom, right = images.shape[2] - size, images.shape[3] - size
+    at = [(round(bottom / 2), round(right / 2))]
+    at = [(0, 0), (0, right), (bottom, 0), (bottom, right)] * ten + at
+    return torch.stack([images[:, :, y : y + size, x : x + size] for y, x in at], 1)
+
+
+# --------------------------------------------------------------------------- networks
+# forward(images (B, C, S, S)) gives (B, net.dim) features: for lenet5, alexnet and vgg16 the last
+# hidden linear layer before its ReLU, for ResNets the last map, flattened or (pool=True) averaged.
+# net.stages names the modules whose output maps are worth probing.
+
+
+class Sobel(nn.Module):
+    """Grey = mean of the channels, then its two 3x3 derivatives: (B, C, S, S) -> (B, 2, S, S), frozen.
+
+    Part of the network, so evaluation applies it too; its filters are no weights and are not saved.
+    """
+
+    def __init__(self):
+        super().__init__()
+        x = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
+        self.register_buffer("filters", torch.stack([x, x.T])[:, None], persistent=False)
+
+    def forward(self, images):
+        return F.conv2d(images.mean(1, keepdim=True), self.filters, padding=1)
+
+
+class PlainNet(nn.Module):
+    """Convolutions (`features`), then hidden linear layers (`classifier`), both as torchvision names them."""
+
+    def __init__(self, features, classifier, stages, channels, size, sobel):
+        super().__init__()
+        self.sobel = Sobel() if sobel else nn.Identity()
+        self.features = nn.Sequential(*features)
+        with torch.no_grad():
+            self.features.eval()
+            try:
+                flat = self.features(torch.zeros(1, 2 if sobel else channels, size, size)).numel()
+            except RuntimeError:
+                refuse(f"--image-size {size} is too small for this --arch: nothing is left of the map")
+        self.classifier = nn.Sequential(*classifier(flat))
+        self.stages = {name: self.features[i] for name, i in stages.items()}
+        self.dim = [m for m in self.classifier if isinstance(m, nn.Linear)][-1].out_features
+        he_init(self)
+
+    def forward(self, images):
+        return self.classifier(self.features(self.sobel(images)).flatten(1))
+
+
+class ResNet(torchvision.models.ResNet):
+    """torchvision's ResNet without fc; 3x3 stem without pooling for images up to 64 pixels."""
+
+    def __init__(self, block, layers, channels, size, sobel, pool):
+        super().__init__(block, layers)
+        del self.fc, self.avgpool
+        width, cin = 512 * block.expansion, 2 if sobel else channels
+        self.sobel, self.pool = Sobel() if sobel else nn.Identity(), pool
+        if size <= 64:
+            self.conv1, self.maxpool = nn.Conv2d(cin, 64, 3, padding=1, bias=False), nn.Identity()
+        elif cin != 3:
+            self.conv1 = nn.Conv2d(cin, 64, 7, stride=2, padding=3, bias=False)
+        self.stages = {"stem": self.maxpool}
+        self.stages |= {f"layer{i}": getattr(self, f"layer{i}") for i in (1, 2, 3, 4)}
+        side = math.ceil(size / (8 if size <= 64 else 32))
+        self.dim = width if pool else width * side * side
+        he_init(self)
+
+    def forward(self, images):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(self.sobel(images)))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return x.mean((2, 3)) if self.pool else x.flatten(1)
+
+
+def he_init(net):
+    """Convolutions N(0, sqrt(2 / (k*k*out))), linear layers N(0, 0.01), biases 0 [DeepCluster, code]."""
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(m, nn.Linear):
+            nn.init.normal_(m.weight, 0, 0.01)
+        if isinstance(m, (nn.Conv2d, nn.Linear)) and m.bias is not None:
+            nn.init.zeros_(m.bias)
+
+
+def _convolutions(plan, cin):
+    """plan: (out, kernel, stride, padding) or ("pool", kernel, stride); -> modules, stage positions."""
+    modules, ends = [], []
+    for step in plan:
+        if step[0] == "pool":
+            modules.append(nn.MaxPool2d(*step[1:]))
+            continue
+        out, *rest = step
+        modules += [nn.Conv2d(cin, out, *rest), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+        ends.append(len(modules) - 1)
+        cin = out
+    return modules, ends
+
+
+def backbone(arch, channels=3, size=224, sobel=False, dropout=0.5, pool=False):
+    """A network without its head: .dim features per image, .stages to probe.
+
+    channels: of the images; sobel: filter them first; dropout: of the hidden linear layers;
+    pool: ResNets average the last map instead of flattening it.
+    """
+    cin = 2 if sobel else channels
+
+    def hidden(first, second, p=dropout, drop_first=True):
+        def make(flat):
+            start = [nn.Dropout(p)] if p and drop_first else []
+            middle = [nn.ReLU(inplace=True)] + ([nn.Dropout(p)] if p else [])
+            return [*start, nn.Linear(flat, first), *middle, nn.Linear(first, second)]
+
+        return make
+
+    if arch == "lenet5":  # LeCun et al. 1998, with batch norm and max-pooling
+        modules, ends = _convolutions([(6, 5), ("pool", 2, 2), (16, 5), ("pool", 2, 2)], cin)
+        tail = hidden(120, 84, p=0)
+    elif (
+        arch == "alexnet"
+    ):  # Krizhevsky et al. 2012 without groups and LRN, with batch norm [DeepCluster 3.4]
+        plan = [(96, 11, 4, 2), ("pool", 3, 2), (256, 5, 1, 2), ("pool", 3, 2)]
+        plan += [(384, 3, 1, 1), (384, 3, 1, 1), (256, 3, 1, 1), ("pool", 3, 2)]
+        modules, ends = _convolutions(plan, cin)
+        tail = hidden(4096, 4096)
+    elif arch == "alexnet-small":  # Deep Dive 3.3; its hidden layers are not printed, 2048 is ours
+        plan = [(48, 3, 1, 1), ("pool", 2, 2), (126, 3, 1, 1), ("pool", 2, 2)]
+        plan += [(192, 3, 1, 1), (192, 3, 1, 1), (128, 3, 1, 1)]
+        modules, ends = _convolutions(plan, cin)
+        tail = hidden(2048, 2048)
+    elif arch == "vgg16":  # torchvision's vgg16_bn, key for key
+        plan = []
+        for out, repeat in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+            plan += [(out, 3, 1, 1)] * repeat + [("pool", 2, 2)]
+        modules, ends = _convolutions(plan, cin)
+        ends = [ends[i] for i in (1, 3, 6, 9, 12)]
+        tail = hidden(4096, 4096, drop_first=False)
+    elif arch in ("resnet18", "resnet50"):
+        blocks = torchvision.models.resnet
+        block, layers = (
+            (blocks.BasicBlock, [2] * 4) if arch == "resnet18" else (blocks.Bottleneck, [3, 4, 6, 3])
+        )
+        return ResNet(block, layers, channels, size, sobel, pool)
+    else:
+        refuse(f"--arch {arch} is unknown; choose one of {', '.join(ARCHS)}")
+    stages = {f"conv{i + 1}": end for i, end in enumerate(ends)}
+    return PlainNet(modules, tail, stages, channels, size, sobel)
+
+
+@torch.no_grad()
+def extract(net, loader, index, amp=False, then=None):
+    """Centre-crop features (n, D) float32 of this process's images `index`, in evaluation mode.
+
+    then: applied to each batch as it comes (a projection, say), so that only its result is kept.
+    """
+    was_training, parts = net.training, []
+    net.eval()
+    for _, crops in loader.fixed(index):
+        with torch.autocast(loader.device.type, torch.bfloat16, enabled=amp):
+            features = net(crops[:, 0])
+        parts.append(features.float() if then is None else then(features.float()))
+    net.train(was_training)
+    loader.check_files()
+    return torch.cat(parts) if parts else torch.zeros(0, getattr(net, "dim", 0), device=loader.device)
+
+
+# --------------------------------------------------------------------------- faiss
+# Every process brings its shard; what is found is the same for any number of processes.
+
+
+def unit(x, eps=1e-12):
+    """Rows of x with length 1; rows of zeros stay zeros."""
+    return F.normalize(x, dim=1, eps=eps)
+
+
+def nearest(queries, keys, k=1, inner=False):
+    """The k nearest keys (M, D) of each query (n, D): (n, k) values, (n, k) int64 ids, best first.
+
+    Squared Euclidean distance, or the inner product if inner. Exact, float32. faiss on the CPU and,
+    where its GPU build sees this device, on the GPU (k <= 2048 there); else chunks of a torch product.
+    """
+    n, k = len(queries), min(k, len(keys))
+    queries, keys = queries.float().contiguous(), keys.float().contiguous()
+    if n == 0:
+        return queries.new_zeros(0, k), torch.zeros(0, k, dtype=torch.int64, device=queries.device)
+    metric = faiss.METRIC_INNER_PRODUCT if inner else faiss.METRIC_L2
+    if not queries.is_cuda:
+        values, ids = faiss.knn(queries.numpy(), keys.numpy(), k, metric=metric)
+        return torch.from_numpy(values), torch.from_numpy(ids)
+    if (
+        k <= 2048 and getattr(faiss, "get_num_gpus", lambda: 0)() > 0
+    ):  # knn_gpu aborts the process without one
+        importlib.import_module("faiss.contrib.torch_utils")  # teaches faiss torch's tensors
+        if not hasattr(nearest, "resources"):
+            nearest.resources = faiss.StandardGpuResources()
+        return faiss.knn_gpu(nearest.resources, queries, keys, k, metric=metric, device=queries.device.index)
+    found, chunk = [], max(1, 2**27 // len(keys))  # at most 512 MiB of similarities at a time
+    key_norms = keys.square().sum(1)
+    for q in queries.split(chunk):
+        score = q @ keys.T if inner else 2 * (q @ keys.T) - key_norms
+        value, ids = score.topk(k, 1)
+        found.append((value if inner else (q.square().sum(1, keepdim=True) - value).clamp(min=0), ids))
+    return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
+
+
+def pca(x, p):
+    """Mean (D,) and whitening matrix (D, p) of the rows x (n, D) of all processes: V / sqrt(lambda).
+
+    Covariance in double precision; eigenvalues are floored at 1e-6 of the largest, so dead features
+    and fewer rows than columns stay finite (faiss's own PCAMatrix gives NaN there). p is cut to D.
+    Over 8192 columns the p leading axes come from a block power iteration instead.
+    """
+    columns, p = x.shape[1], min(p, x.shape[1])
+    count = total(torch.tensor(len(x), dtype=torch.float64, device=x.device)).clamp(min=1)
+    mean = (
+        total(
+            sum(
+                (c.double().sum(0) for c in x.split(4096)),
+                x.new_zeros(columns, dtype=torch.float64),
+            )
+        )
+        / count
+    )
+
+    def covariance_times(q=None):
+        width = columns if q is None else q.shape[1]
+        result = torch.zeros(columns, width, dtype=torch.float64, device=x.device)
+        for c in x.split(4096):
+            c = c.double() - mean
+            result += c.T @ (c if q is None else c @ q)
+        return total(result) / count
+
+    if columns <= 8192:
+        covariance = covariance_times()
+        if x.is_cuda:
+            values, axes = torch.linalg.eigh(covariance)
+        else:  # LAPACK through scipy finds the p largest alone, several times as fast
+            from scipy.linalg import eigh
+
+            values, axes = map(
+                torch.from_numpy,
+                eigh(covariance.numpy(), subset_by_index=[columns - p, columns - 1]),
+            )
+        values, axes = values[-p:].flip(0), axes[:, -p:].flip(1)
+    else:
+        q = torch.randn(columns, min(columns, p + 32), dtype=torch.float64, generator=generator("pca")).to(
+            x.device
+        )
+        for _ in range(10):
+            q = torch.linalg.qr(covariance_times(q))[0]
+        values, small = torch.linalg.eigh(q.T @ covariance_times(q))
+        values, axes = values[-p:].flip(0), (q @ small)[:, -p:].flip(1)
+    values = values.clamp(min=0)
+    floor = 1e-6 * values[0] + 1e-12
+    # Which way an axis points is arbitrary: let its largest entry be positive, on every machine.
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+    return mean.float(), (axes / values.clamp(min=floor).sqrt()).float()
+
+
+def whiten(x, mean, axes):
+    """z = V^T (x - mean) / sqrt(lambda), then unit length: (n, D) -> (n, p)."""
+    return unit((x - mean) @ axes)
+
+
+@dataclass
+class Clusters:
+    assign: torch.Tensor  # (n,) int64: cluster of each of this process's rows; some ids may never occur
+    centroids: torch.Tensor  # (K, D), the same on all processes
+    distance: torch.Tensor  # (n,) squared distance to the own centroid
+    objective: float  # mean of the squared distances over all N rows
+
+
+def kmeans(x, k, iterations=20, gen=None):
+    """Lloyd's k-means of the rows x (n, D) of all processes, as DeepCluster ran it with faiss.
+
+    k distinct rows start as centroids, drawn by `gen`. An empty cluster k takes half of a donor j,
+    chosen with probability (n_j - 1) / (N - K): both get j's centroid, even coordinates of one
+    times 1 + 1/1024 and odd ones times 1 - 1/1024, the other one the other way round. The repair
+    comes before the last assignment, so clusters may still be empty at the end.
+    Raises ValueError if k exceeds the number of rows or x has NaN or infinite entries anywhere.
+    """
+    gen = gen or generator(0, "kmeans")
+    sizes = [len(x)] if processes() == 1 else gather(torch.tensor([len(x)])).tolist()
+    n, first = sum(sizes), sum(sizes[: rank()])
+    if not 1 <= k <= n:
+        raise ValueError(f"k = {k} clusters for {n} images: k must lie in 1..{n}")
+    if total((~torch.isfinite(x).all()).int()) > 0:
+        raise ValueError("the features to cluster hold NaN or infinite values")
+    start = torch.randperm(n, generator=gen)[:k]
+    mine = (start >= first) & (start < first + len(x))
+    centroids = x.new_zeros(k, x.shape[1])
+    centroids[mine.to(x.device)] = x[(start[mine] - first).to(x.device)]
+    centroids = total(centroids)  # each row comes from the one process that owns it
+    for _ in range(iterations):
+        leave_if_asked()
+        _, assign = nearest(x, centroids)
+        sums = torch.zeros(k, x.shape[1] + 1, dtype=torch.float64, device=x.device)  # last column: counts
+        for rows, ids in zip(x.split(4096), assign[:, 0].split(4096), strict=True):
+            sums[:, :-1].index_add_(0, ids, rows.double())
+        sums[:, -1] = torch.bincount(assign[:, 0], minlength=k)
+        sums = total(sums)
+        counts = sums[:, -1]
+        centroids = torch.where(
+            counts[:, None] > 0, sums[:, :-1] / counts.clamp(min=1)[:, None], centroids
+        ).float()
+        split_empty(centroids, counts.cpu(), gen)
+    distance, assign = nearest(x, centroids)
+    objective = total(distance.double().sum()).item() / n
+    return Clusters(assign[:, 0], centroids, distance[:, 0], objective)
+
+
+def split_empty(centroids, counts, gen, eps=1 / 1024):
+    """Give every empty cluster half of a larger one; centroids (K, D) and counts (K,) change in place."""
+    sign = 1 + eps * (1 - 2 * (torch.arange(centroids.shape[1], device=centroids.device) % 2))  # 1+e, 1-e, ..
+    for empty in (counts == 0).nonzero()[:, 0].tolist():
+        odds = (counts - 1).clamp(min=0)
+        if odds.sum() == 0:  # as many clusters as images: nobody has one to give
+            return
+        donor = torch.multinomial(odds, 1, generator=gen).item()
+        centroids[empty], centroids[donor] = centroids[donor] * sign, centroids[donor] * (2 - sign)
+        counts[empty] = counts[donor] / 2
+        counts[donor] -= counts[empty]
+
+
+# --------------------------------------------------------------------------- metrics
+
+
+def nmi(a, b):
+    """Normalised mutual information I(A;B) / sqrt(H(A) H(B)) of two labelings (N,) [DeepCluster 4.1].
+
+    The geometric mean, as in the paper; libraries default to the arithmetic one today. In 0..1; one
+    cluster on both sides counts as 1, on one side as 0.
+    """
+    from sklearn.metrics import normalized_mutual_info_score
+
+    return float(normalized_mutual_info_score(np.asarray(a), np.asarray(b), average_method="geometric"))
+
+
+def ari(a, b):
+    """Adjusted Rand index of two labelings (N,): 1 equal, 0 as by chance."""
+    from sklearn.metrics import adjusted_rand_score
+
+    return float(adjusted_rand_score(np.asarray(a), np.asarray(b)))
+
+
+def clustering_accuracy(labels, assign):
+    """Share of images right under the best one-to-one matching of clusters to classes, in 0..1.
+
+    labels, assign (N,) integers; their numbers may differ, what has no partner is wrong.
+    """
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics.cluster import contingency_matrix
+
+    table = contingency_matrix(np.asarray(labels), np.asarray(assign))
+    rows, columns = linear_sum_assignment(table, maximize=True)
+    return float(table[rows, columns].sum() / table.sum())
+
+
+def knn_predict(queries, bank, labels, k=200, temperature=0.07, classes=None):
+    """Class (n,) of each query by its k nearest rows of the bank, weighted exp(cosine / 0.07) [Wu et al.].
+
+    queries (n, D), bank (N, D), labels (N,) of the bank; k is cut to N.
+    """
+    labels = labels.to(queries.device)
+    similarity, ids = nearest(unit(queries), unit(bank), k, inner=True)
+    weight = ((similarity - similarity[:, :1]) / temperature).exp()  # a common factor changes nothing
+    votes = weight.new_zeros(len(queries), classes or int(labels.max()) + 1)
+    return votes.scatter_add_(1, labels[ids], weight).argmax(1)
+
+
+def cluster_sizes(assign, k):
+    """{clusters, empty, smallest, largest, largest_share} of an assignment (N,) to k clusters."""
+    counts = torch.bincount(assign.cpu(), minlength=k)
+    largest = int(counts.max())
+    return {
+        "clusters": int((counts > 0).sum()),
+        "empty": int((counts == 0).sum()),
+        "smallest": int(counts[counts > 0].min()),
+        "largest": largest,
+        "largest_share": largest / len(assign),
+    }
+
+
+# --------------------------------------------------------------------------- run folder
+
+FILES = ["log.jsonl", "checkpoint.pt", "checkpoint.prev.pt", "backbone.pt"]
+FILES += ["assignments.csv", "clusters.png"]
+NOT_COMPARED = {"out", "overwrite", "workers", "device", "save_every", "root", "max_bad"}
+
+
+def say(*words):
+    """Print on the main process only."""
+    if main_process():
+        print(*words, flush=True)
+
+
+def progress(items, length, text):
+    """A bar while iterating, on a terminal and on the main process only."""
+    hidden = not (main_process() and sys.stderr.isatty())
+    return tqdm(items, text, length, leave=False, disable=hidden, dynamic_ncols=True)
+
+
+class Run:
+    """The run folder: log.jsonl, the checkpoint, and what else a run leaves behind."""
+
+    def __init__(self, args, may_differ=()):
+        """Open args.out. self.state is the checkpoint to go on from, or None for a fresh start.
+
+        Refuses (exit code 2) a folder that cannot be written, or whose checkpoint came from other
+        arguments; names the arguments that differ. may_differ: names that need not agree.
+        """
+        self.out, self.unsaved = Path(args.out), False
+        config = {k: v for k, v in vars(args).items() if k not in NOT_COMPARED and k not in may_differ}
+        self.config = json.loads(json.dumps(config))
+        self.state = from_main(lambda: self._open(args))
+        self.started = time.time()
+
+    def _open(self, args):
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            probe = self.out / f".write-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            self._refuse(f"--out {self.out}: cannot write there ({error.strerror})")
+        if args.overwrite:
+            for name in FILES:
+                (self.out / name).unlink(missing_ok=True)
+        state = load_checkpoint(self.out)
+        if state is not None:
+            old = state.get("config", {})
+            odd = [k for k in {**old, **self.config} if old.get(k, "unset") != self.config.get(k, "unset")]
+            if odd:
+                what = ", ".join(f"{k} {old.get(k)} -> {self.config.get(k)}" for k in sorted(odd))
+                self._refuse(
+                    f"--out {self.out} holds another run ({what}); use another --out, or --overwrite"
+                )
+        log = self.out / "log.jsonl"
+        if log.exists():  # forget what was logged after the checkpoint: it is about to happen again
+            os.truncate(log, min(log.stat().st_size, state["log_bytes"] if state else 0))
+        return state
+
+    def _refuse(self, message):  # on the main process alone: from_main carries the exit to the others
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        raise SystemExit(2)
+
+    def log(self, record):
+        """Append one JSON object to log.jsonl; NaN is written as null."""
+        if main_process():
+            clean = {
+                k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
+            }
+            try:
+                with open(self.out / "log.jsonl", "a") as file:
+                    file.write(json.dumps(clean) + "\n")
+            except OSError as error:
+                print(f"could not write the log: {error}", file=sys.stderr, flush=True)
+
+    def first_record(self, args, device, data):
+        """What ran: the command, all arguments, versions, device and data."""
+        versions = {m.__name__: m.__version__ for m in (torch, torchvision, faiss, np)}
+        where = (
+            torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"{torch.get_num_threads()} threads"
+        )
+        self.log(
+            {
+                "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                "args": vars(args),
+                "versions": {"python": sys.version.split()[0], **versions},
+                "device": f"{device.type}, {where}",
+                "processes": processes(),
+                "data": {"name": data.name, "images": len(data), "classes": len(data.classes)},
+            }
+        )
+
+    def save(self, state):
+        """Write the checkpoint: whole or not at all, the one before kept as checkpoint.prev.pt."""
+        if main_process():
+            log = self.out / "log.jsonl"
+            state = {
+                **state,
+                "config": self.config,
+                "log_bytes": log.stat().st_size if log.exists() else 0,
+            }
+            self.unsaved = not save_file(self.out / "checkpoint.pt", state, keep="checkpoint.prev.pt")
+
+    def finish(self):
+        """Exit code 1 if the last checkpoint could not be written; all processes leave together."""
+        leave(1 if from_main(lambda: self.unsaved) else 0)
+
+
+def save_file(path, state, keep=None):
+    """torch.save that survives a kill at any moment; False (and a line) if the disk refuses.
+
+    keep: the name under which the file that was there before stays available.
+    """
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            shutil.copyfile(path, f"{path}.old") if not _link(path, f"{path}.old") else None
+            os.replace(f"{path}.old", path.with_name(keep))
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+        return True
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        print(f"could not save {path} ({_short(error)}); the run goes on", file=sys.stderr, flush=True)
+        return False
+
+
+def _link(old, new):
+    with contextlib.suppress(OSError):
+        Path(new).unlink(missing_ok=True)
+        os.link(old, new)
+        return True
+    return False
+
+
+def load_file(path):
+    """torch.load for tensors, numbers, strings, lists and dicts; ValueError if the file is damaged.
+
+    Checks every zip checksum first (torch does not: flipped bits would become wrong weights), and
+    never unpickles anything but plain data.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken:
+            raise ValueError(f"checksum of {broken} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is damaged or not a checkpoint ({_short(error)})") from None
+
+
+def load_checkpoint(folder):
+    """The newest readable checkpoint of a run folder, or None; refuses if there are only damaged ones."""
+    damaged = None
+    for name in ("checkpoint.pt", "checkpoint.prev.pt"):
+        path = Path(folder) / name
+        if not path.exists():
+            continue
+        try:
+            state = load_file(path)
+            if not isinstance(state, dict) or "config" not in state:
+                raise ValueError(f"{path} is not a checkpoint of these scripts")
+            if damaged:
+                print(f"{damaged}; going on from {name}", flush=True)
+            return state
+        except ValueError as error:
+            damaged = damaged or str(error)
+    if damaged:
+        print(
+            f"{Path(sys.argv[0]).name}: error: {damaged}; --overwrite starts afresh",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise SystemExit(2)
+    return None
+
+
+def save_backbone(path, net, arch, size, sobel, data, method):
+    """backbone.pt: {"state_dict": torchvision's key names, "meta": how to build and feed the network}."""
+    meta = {"arch": arch, "image_size": size, "sobel": sobel, "method": method, "data": data.name}
+    meta |= {"channels": data.channels, "mean": list(data.mean), "std": list(data.std)}
+    if main_process():
+        weights = {k: v.detach().cpu().clone() for k, v in net.state_dict().items()}
+        return save_file(path, {"state_dict": weights, "meta": meta})
+
+
+def load_backbone(path):
+    """(network in evaluation mode, meta) from backbone.pt or a run folder; ValueError if it is neither."""
+    path = Path(path)
+    path = path / "backbone.pt" if path.is_dir() else path
+    try:
+        saved = load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; give a run folder or a backbone.pt") from None
+    if not isinstance(saved, dict) or not {"state_dict", "meta"} <= set(saved):
+        raise ValueError(f"{path} is no backbone.pt (it lacks state_dict and meta)")
+    meta = saved["meta"]
+    net = backbone(meta["arch"], meta["channels"], meta["image_size"], meta["sobel"])
+    try:
+        net.load_state_dict(saved["state_dict"])
+    except RuntimeError as error:
+        raise ValueError(f"{path}: weights do not fit {meta['arch']} ({_short(error)})") from None
+    return net.eval(), meta
+
+
+def save_assignments(path, data, assign):
+    """assignments.csv: image (path, or index for named sets), cluster."""
+    if main_process():
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image", "cluster"])
+            writer.writerows((data.title(i), c) for i, c in enumerate(assign.tolist()))
+
+
+def save_pictures(path, loader, assign, distance, rows=10, columns=10):
+    """clusters.png: for up to `rows` clusters spread over all, the images nearest to the centroid.
+
+    assign, distance (N,) of the whole dataset. Rows go by size, from the largest cluster down.
+    """
+    if not main_process():
+        return
+    counts = torch.bincount(assign)
+    wanted = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
+    wanted = wanted[torch.linspace(0, len(wanted) - 1, min(rows, len(wanted))).round().long()]
+    tiles = []
+    for c in wanted.tolist():
+        members = (assign == c).nonzero()[:, 0]
+        best = members[distance[members].argsort(stable=True)][:columns]
+        crops = torch.cat([x[:, 0] for _, x in loader.fixed(best)]) * loader.std + loader.mean
+        tiles.append(torch.cat([crops.cpu(), torch.ones(columns - len(best), *crops.shape[1:])]))
+    torchvision.utils.save_image(torch.cat(tiles).clamp(0, 1), path, nrow=columns, padding=2, pad_value=1)
