@@ -201,14 +201,16 @@ def heartbeat(loss):
     loss: scalar tensor. Every process gets the same answer, so all stop together: with exit code 1
     if any loss is NaN or infinite (before the optimiser has touched the weights).
     """
-    beat = total(torch.tensor([loss.item(), float(_signal or 0)], dtype=torch.float64))
-    mean = beat[0].item() / processes()
+    beat = torch.zeros(processes(), 2, dtype=torch.float64)
+    beat[rank()] = torch.tensor([loss.item(), _signal or 0])
+    beat = total(beat)
+    mean = beat[:, 0].mean().item()
     if not math.isfinite(mean):
         refuse(
             f"the loss is {mean}: stopped before the step, the checkpoint is as it was. Lower --lr?",
             1,
         )
-    return mean, int(beat[1].item() / max(1, processes())) or int(beat[1].item() > 0)
+    return mean, int(beat[:, 1].max().item())
 
 
 def generator(*key):
@@ -222,8 +224,13 @@ def generator(*key):
 
 
 def seed_all(*key):
-    """Seed torch's global generators (initial weights, dropout) from the key alone."""
+    """Seed torch's global generators from the key alone, on all processes alike (initial weights)."""
     torch.manual_seed(generator(*key).initial_seed())
+
+
+def seed_step(seed, epoch, step):
+    """Seed torch's global generators for one step, on every process differently (dropout)."""
+    seed_all(seed, epoch, step, rank())
 
 
 # --------------------------------------------------------------------------- data
@@ -1314,9 +1321,16 @@ def load_checkpoint(folder):
     return None
 
 
-def save_backbone(path, net, arch, size, sobel, data, method):
+def save_backbone(path, net, arch, size, resize, sobel, data, method):
     """backbone.pt: {"state_dict": torchvision's key names, "meta": how to build and feed the network}."""
-    meta = {"arch": arch, "image_size": size, "sobel": sobel, "method": method, "data": data.name}
+    meta = {
+        "arch": arch,
+        "image_size": size,
+        "resize": resize,
+        "sobel": sobel,
+        "method": method,
+        "data": data.name,
+    }
     meta |= {"channels": data.channels, "mean": list(data.mean), "std": list(data.std)}
     if main_process():
         weights = {k: v.detach().cpu().clone() for k, v in net.state_dict().items()}
@@ -1354,10 +1368,11 @@ def save_assignments(path, data, assign):
 def save_pictures(path, loader, assign, distance, rows=10, columns=10):
     """clusters.png: for up to `rows` clusters spread over all, the images nearest to the centroid.
 
-    assign, distance (N,) of the whole dataset. Rows go by size, from the largest cluster down.
+    assign, distance (N,) of the whole dataset; without distances, the first ones. Rows go by size, from the largest cluster down.
     """
     if not main_process():
         return
+    distance = torch.zeros(len(assign)) if distance is None else distance
     counts = torch.bincount(assign)
     wanted = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
     wanted = wanted[torch.linspace(0, len(wanted) - 1, min(rows, len(wanted))).round().long()]
