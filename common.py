@@ -188,10 +188,7 @@ def _remember_signal(number, _frame):
 def leave_if_asked():
     """Leave now if a signal came; for phases in which there is nothing new to save."""
     if _signal:
-        print(
-            f"stopped by signal {_signal}; the same command goes on from the last checkpoint",
-            flush=True,
-        )
+        say(f"stopped by signal {_signal}; the same command does this part again")
         os._exit(128 + _signal)
 
 
@@ -225,7 +222,10 @@ def generator(*key):
 
 def seed_all(*key):
     """Seed torch's global generators from the key alone, on all processes alike (initial weights)."""
-    torch.manual_seed(generator(*key).initial_seed())
+    seed = generator(*key).initial_seed()
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed costs 0.3 ms more, every step
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
 
 
 def seed_step(seed, epoch, step):
@@ -452,6 +452,12 @@ def _collate(items):
     return torch.tensor(index), [torch.stack(v) for v in zip(*views, strict=True)], sum(bad, [])
 
 
+def _ignore_signals(_worker):
+    """A signal to the whole process group is for the training process: it still needs its workers."""
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
+
+
 def _to_tensor(image):
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
 
@@ -463,6 +469,8 @@ class Loader:
         self.data, self.batch_size, self.size, self.resize = data, batch_size, size, resize
         self.device, self.workers, self.seed, self.max_bad = device, workers, seed, max_bad
         self.bad = {}  # index -> why the file could not be read
+        if batch_size % processes():
+            refuse(f"--batch-size {batch_size} does not divide by {processes()} processes")
         self.mean = torch.tensor(data.mean, device=device).view(-1, 1, 1)
         self.std = torch.tensor(data.std, device=device).view(-1, 1, 1)
 
@@ -498,10 +506,12 @@ class Loader:
             return
 
         def make(image, rows):
-            return [_pil_geometry(image, v, r, self.size) for v, r in zip(views, rows, strict=True)]
+            pairs = zip(views, map(torch.from_numpy, rows), strict=True)
+            return [_pil_geometry(image, v, r, self.size) for v, r in pairs]
 
         def keys():
             for index, rows, _ in map(draw, steps):
+                rows = [r.numpy() for r in rows]  # as tensors, each would travel through a file of its own
                 yield [(i, r) for i, *r in zip(index.tolist(), *rows, strict=True)]
 
         for step, (index, images) in zip(steps, self._files(make, keys()), strict=True):
@@ -553,6 +563,7 @@ class Loader:
             batch_sampler=keys,
             num_workers=self.workers,
             collate_fn=_collate,
+            worker_init_fn=_ignore_signals,
             pin_memory=self.device.type == "cuda",
             multiprocessing_context="fork" if self.workers else None,
         )
@@ -791,6 +802,7 @@ class PlainNet(nn.Module):
                 flat = self.features(torch.zeros(1, 2 if sobel else channels, size, size)).numel()
             except RuntimeError:
                 refuse(f"--image-size {size} is too small for this --arch: nothing is left of the map")
+        self.features.train()
         self.classifier = nn.Sequential(*classifier(flat))
         self.stages = {name: self.features[i] for name, i in stages.items()}
         self.dim = [m for m in self.classifier if isinstance(m, nn.Linear)][-1].out_features
@@ -857,17 +869,18 @@ def backbone(arch, channels=3, size=224, sobel=False, dropout=0.5, pool=False):
     """
     cin = 2 if sobel else channels
 
-    def hidden(first, second, p=dropout, drop_first=True):
+    def hidden(first, second, before=True, between=True):
+        """Dropout where told, even if it is 0: the names of the weights must not depend on it."""
+
         def make(flat):
-            start = [nn.Dropout(p)] if p and drop_first else []
-            middle = [nn.ReLU(inplace=True)] + ([nn.Dropout(p)] if p else [])
-            return [*start, nn.Linear(flat, first), *middle, nn.Linear(first, second)]
+            start, middle = [nn.Dropout(dropout)] * before, [nn.Dropout(dropout)] * between
+            return [*start, nn.Linear(flat, first), nn.ReLU(inplace=True), *middle, nn.Linear(first, second)]
 
         return make
 
     if arch == "lenet5":  # LeCun et al. 1998, with batch norm and max-pooling
         modules, ends = _convolutions([(6, 5), ("pool", 2, 2), (16, 5), ("pool", 2, 2)], cin)
-        tail = hidden(120, 84, p=0)
+        tail = hidden(120, 84, before=False, between=False)
     elif (
         arch == "alexnet"
     ):  # Krizhevsky et al. 2012 without groups and LRN, with batch norm [DeepCluster 3.4]
@@ -886,7 +899,7 @@ def backbone(arch, channels=3, size=224, sobel=False, dropout=0.5, pool=False):
             plan += [(out, 3, 1, 1)] * repeat + [("pool", 2, 2)]
         modules, ends = _convolutions(plan, cin)
         ends = [ends[i] for i in (1, 3, 6, 9, 12)]
-        tail = hidden(4096, 4096, drop_first=False)
+        tail = hidden(4096, 4096, before=False)
     elif arch in ("resnet18", "resnet50"):
         blocks = torchvision.models.resnet
         block, layers = (
@@ -913,7 +926,10 @@ def extract(net, loader, index, amp=False, then=None):
         parts.append(features.float() if then is None else then(features.float()))
     net.train(was_training)
     loader.check_files()
-    return torch.cat(parts) if parts else torch.zeros(0, getattr(net, "dim", 0), device=loader.device)
+    if not parts:  # more processes than images
+        none = torch.zeros(0, net.dim, device=loader.device)
+        return none if then is None else then(none)
+    return torch.cat(parts)
 
 
 # --------------------------------------------------------------------------- faiss
@@ -1036,26 +1052,29 @@ def kmeans(x, k, iterations=20, gen=None):
     n, first = sum(sizes), sum(sizes[: rank()])
     if not 1 <= k <= n:
         raise ValueError(f"k = {k} clusters for {n} images: k must lie in 1..{n}")
-    if total((~torch.isfinite(x).all()).int()) > 0:
+    ends = torch.stack(x.aminmax()) if len(x) else x.new_zeros(2)  # NaN and inf show in the extremes
+    if total((~ends.isfinite().all()).int()) > 0:
         raise ValueError("the features to cluster hold NaN or infinite values")
     start = torch.randperm(n, generator=gen)[:k]
     mine = (start >= first) & (start < first + len(x))
     centroids = x.new_zeros(k, x.shape[1])
     centroids[mine.to(x.device)] = x[(start[mine] - first).to(x.device)]
     centroids = total(centroids)  # each row comes from the one process that owns it
+    before = None
     for _ in range(iterations):
         leave_if_asked()
-        _, assign = nearest(x, centroids)
-        sums = torch.zeros(k, x.shape[1] + 1, dtype=torch.float64, device=x.device)  # last column: counts
-        for rows, ids in zip(x.split(4096), assign[:, 0].split(4096), strict=True):
-            sums[:, :-1].index_add_(0, ids, rows.double())
-        sums[:, -1] = torch.bincount(assign[:, 0], minlength=k)
-        sums = total(sums)
-        counts = sums[:, -1]
-        centroids = torch.where(
-            counts[:, None] > 0, sums[:, :-1] / counts.clamp(min=1)[:, None], centroids
-        ).float()
-        split_empty(centroids, counts.cpu(), gen)
+        assign = nearest(x, centroids)[1][:, 0]
+        sums = torch.zeros(k, x.shape[1], dtype=torch.float64, device=x.device)
+        for rows, ids in zip(x.split(4096), assign.split(4096), strict=True):
+            sums.index_add_(0, ids, rows.double())
+        moved = (assign != before).sum() if before is not None else torch.tensor(n, device=x.device)
+        counts = torch.cat([torch.bincount(assign, minlength=k), moved[None]])
+        sums, counts, before = total(sums), total(counts), assign
+        counts, moved = counts[:-1], counts[-1]
+        if moved == 0 and counts.min() > 0:  # converged: more iterations would change nothing
+            break
+        centroids = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centroids).float()
+        split_empty(centroids, counts.double().cpu(), gen)
     distance, assign = nearest(x, centroids)
     objective = total(distance.double().sum()).item() / n
     return Clusters(assign[:, 0], centroids, distance[:, 0], objective)
@@ -1152,6 +1171,31 @@ def progress(items, length, text):
     return tqdm(items, text, length, leave=False, disable=hidden, dynamic_ncols=True)
 
 
+def what_runs(args, device):
+    """Command, all arguments, versions, device and number of processes, for a log's first record."""
+    versions = {m.__name__: m.__version__ for m in (torch, torchvision, faiss, np)}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "args": vars(args),
+        "versions": {"python": sys.version.split()[0], **versions},
+        "device": name,
+        "processes": processes(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def unwritable(folder):
+    """Make the folder; None, or what to tell its owner if nothing can be written there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        probe = Path(folder) / f".write-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        return f"--out {folder}: cannot write there ({error.strerror})"
+
+
 class Run:
     """The run folder: log.jsonl, the checkpoint, and what else a run leaves behind."""
 
@@ -1168,13 +1212,8 @@ class Run:
         self.started = time.time()
 
     def _open(self, args):
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            probe = self.out / f".write-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            self._refuse(f"--out {self.out}: cannot write there ({error.strerror})")
+        if problem := unwritable(self.out):
+            self._refuse(problem)
         if args.overwrite:
             for name in FILES:
                 (self.out / name).unlink(missing_ok=True)
@@ -1210,22 +1249,8 @@ class Run:
 
     def first_record(self, args, device, data):
         """What ran: the command, all arguments, versions, device and data."""
-        versions = {m.__name__: m.__version__ for m in (torch, torchvision, faiss, np)}
-        where = (
-            torch.cuda.get_device_name(device)
-            if device.type == "cuda"
-            else f"{torch.get_num_threads()} threads"
-        )
-        self.log(
-            {
-                "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-                "args": vars(args),
-                "versions": {"python": sys.version.split()[0], **versions},
-                "device": f"{device.type}, {where}",
-                "processes": processes(),
-                "data": {"name": data.name, "images": len(data), "classes": len(data.classes)},
-            }
-        )
+        about = {"name": data.name, "images": len(data), "classes": len(data.classes)}
+        self.log({**what_runs(args, device), "data": about})
 
     def save(self, state):
         """Write the checkpoint: whole or not at all, the one before kept as checkpoint.prev.pt."""
@@ -1332,6 +1357,7 @@ def save_backbone(path, net, arch, size, resize, sobel, data, method):
         "data": data.name,
     }
     meta |= {"channels": data.channels, "mean": list(data.mean), "std": list(data.std)}
+    meta |= {"pool": getattr(net, "pool", False)}
     if main_process():
         weights = {k: v.detach().cpu().clone() for k, v in net.state_dict().items()}
         return save_file(path, {"state_dict": weights, "meta": meta})
@@ -1348,7 +1374,11 @@ def load_backbone(path):
     if not isinstance(saved, dict) or not {"state_dict", "meta"} <= set(saved):
         raise ValueError(f"{path} is no backbone.pt (it lacks state_dict and meta)")
     meta = saved["meta"]
-    net = backbone(meta["arch"], meta["channels"], meta["image_size"], meta["sobel"])
+    missing = {"arch", "channels", "image_size", "sobel", "mean", "std"} - set(meta)
+    if missing or meta["arch"] not in ARCHS:
+        raise ValueError(f"{path}: its network cannot be rebuilt, meta lacks {missing or 'a known arch'}")
+    shape = (meta["arch"], meta["channels"], meta["image_size"], meta["sobel"])
+    net = backbone(*shape, pool=meta.get("pool", False))
     try:
         net.load_state_dict(saved["state_dict"])
     except RuntimeError as error:

@@ -107,7 +107,7 @@ RECIPES = {
         "momentum": 0.9, "pca": 256, "image_size": 224,
     },
     "digits": {  # ours
-        "arch": "lenet5", "sobel": False, "k": 50, "epochs": 40, "batch_size": 64, "lr": 0.1, "wd": 1e-5,
+        "arch": "lenet5", "sobel": False, "k": 30, "epochs": 40, "batch_size": 64, "lr": 0.1, "wd": 1e-5,
         "momentum": 0.9, "pca": 60, "image_size": 32, "crop_area": 0.7, "flip": False,
     },
 }  # fmt: skip
@@ -124,8 +124,8 @@ def options(argv=None):
     g = p.add_argument_group("shared by all scripts")
     g.add_argument("--data", default=default_data(), help=f"{', '.join(DATASETS)}, or a folder of images: train/ and val/, one folder per class, or unlabelled")
     g.add_argument("--root", default="data", help="where named data sets lie or are downloaded to")
-    g.add_argument("--arch", choices=ARCHS, help="network; default: the recipe's")
-    g.add_argument("--k", type=int, help="clusters; too many is better than too few [4.1]; default: the recipe's")
+    g.add_argument("--arch", choices=ARCHS, help="network")
+    g.add_argument("--k", type=int, help="clusters; too many is better than too few [4.1]")
     g.add_argument("--epochs", type=int, help="passes over the data; a longer run may continue a finished one")
     g.add_argument("--batch-size", type=int, help="images per step, over all processes")
     g.add_argument("--lr", type=float, help="learning rate, constant [3.4]")
@@ -151,17 +151,19 @@ def options(argv=None):
     g.add_argument("--halt-clustering", type=int, default=0, metavar="H", help="keep labels and head from epoch H on; 0: never [Deep Dive 4.2]")
     g.add_argument("--reset-head", action=argparse.BooleanOptionalAction, default=False, help="with --halt-clustering: a new head every epoch all the same [Deep Dive, code]")
     g.add_argument("--initial-alignment", type=int, default=0, metavar="S", help="print NMI(labels, clusters of the untrained network) for S seeds and stop [Deep Dive 4.1.1]")
-    g.add_argument("--sobel", action=argparse.BooleanOptionalAction, help="filter images by Sobel's operator, without colour [3.4]; default: the recipe's")
+    g.add_argument("--sobel", action=argparse.BooleanOptionalAction, help="filter images by Sobel's operator, without colour [3.4]")
     g.add_argument("--momentum", type=float, help="of the body's SGD; the head has none [3.4, code]")
     g.add_argument("--dropout", type=float, default=0.5, help="before the hidden linear layers of alexnet, vgg16 and ResNet B [3.4]")
     g.add_argument("--resnet-head", choices=["auto", "A", "B"], default="auto", help="A: K-way layer on the flattened map; B: two 4096 layers before it; auto: B for resnet18, A for resnet50 [Local Aggregation, supplementary 2.2]")
     g.add_argument("--crop-area", type=float, default=0.08, help="smallest share of the image a random crop keeps, 0..1")
     g.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the training images")
     # fmt: on
-    first = p.parse_known_args(argv)[0]
-    recipe = first.recipe or next(
-        (r for r in (f"{first.data}-{first.arch}", first.data) if r in RECIPES), "imagenet"
-    )
+    peek = argparse.ArgumentParser(add_help=False)
+    for flag, default in (("--data", default_data()), ("--arch", None), ("--recipe", None)):
+        peek.add_argument(flag, default=default)
+    first = peek.parse_known_args(argv)[0]
+    named = (first.recipe, f"{first.data}-{first.arch}", first.data)
+    recipe = next((r for r in named if r in RECIPES), "imagenet")
     p.set_defaults(**RECIPES[recipe])
     args = p.parse_args(argv)
     args.recipe = recipe
@@ -390,7 +392,7 @@ def main():
     seed_all(args.seed, "weights")
     trunk, body = make_body(args, data.channels)
     body.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
-    optimizer = torch.optim.SGD(body.parameters(), args.lr, args.momentum, weight_decay=args.wd)
+    optimizer = torch.optim.SGD(body.parameters(), args.lr, args.momentum, weight_decay=args.wd, fused=True)
     trained = parallel(torch.compile(body) if args.compile else body)
 
     run = Run(args, may_differ=("epochs",))
@@ -466,7 +468,9 @@ def main():
             say(f"WARNING: one cluster holds {record['largest_share']:.0%} of all images: a trivial solution")
         clustered = time.time()
 
-        head_optimizer = torch.optim.SGD(head.parameters(), args.lr, weight_decay=args.wd)  # no momentum
+        head_optimizer = torch.optim.SGD(
+            head.parameters(), args.lr, weight_decay=args.wd, fused=True
+        )  # no momentum
         order = uniform_over_clusters(assign_all, generator(args.seed, epoch, "order"))
         weights = loss_weights(assign_all) if args.balance == "loss" else torch.ones(len(data))
         first = step

@@ -1,0 +1,464 @@
+"""Speed, side by side with a plain reference: every piece of the scripts, on this machine, as a ratio.
+
+    for each row:  warm up both sides; then in turns: ours, reference, ours, reference, ..
+                   ratio of the medians, next to what we aim at (see "aim": <= is time, >= is speed)
+
+    python bench.py                          all rows that run here, under 8 minutes on two cores
+    python bench.py --quick                  small sizes, a minute: does everything run?
+    python bench.py --only kmeans pca        some rows; names: see --help
+    python bench.py --device cuda            on the GPU; also networks at 224 pixels
+
+Prints a table and writes --out (bench.json). What the references are:
+
+    kmeans        faiss.Kmeans: same rows, start, K and 20 iterations, no subsampling, a last assignment
+    pca           faiss.PCAMatrix with eigen_power -0.5, trained on the same rows, applied, unit length
+    nearest       torch: product and topk, in chunks of queries
+    augmentation  torchvision's transforms on PIL images one by one, one thread on both sides
+    training      the same networks on one ready batch: zero_grad, forward, cross-entropy, backward.
+                  Ours has everything: fetching and augmenting images, seeds, head, heartbeat, optimisers
+    extraction    the same network in evaluation mode on the same batches, ready in memory
+    probes        one linear classifier after another, the network run up to its stage only
+    processes     k-means in one process of one core, against two of one core each; without start-up
+    memory        not a race: peak memory of clustering at growing N, against (N, D) features in memory
+
+Timings say something on a quiet machine only. Nothing here is a test.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from statistics import median
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+from torchvision import transforms
+
+import faiss  # isort: skip  (after torch, see common.py)
+
+import common
+import deepcluster
+import eval_linear
+
+# --------------------------------------------------------------------------- measuring
+
+
+def race(ours, reference, device, rounds=5, warm_up=True):
+    """Median seconds of ours() and of reference(), run in turns."""
+    seconds = [], []
+    for turn in range(-warm_up, rounds):
+        for function, found in zip((ours, reference), seconds, strict=True):
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            if turn >= 0:
+                found.append(time.perf_counter() - start)
+    return median(seconds[0]), median(seconds[1])
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def threads(n):
+    """Run the block with n threads in torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    yield
+    torch.set_num_threads(before)
+
+
+def row(name, seconds, aim="<=", images=0, note="", **more):
+    """One line of the table from (ours, reference) seconds.
+
+    aim: "<= 1.1", at most 1.1 times the reference's time; ">= 4", at least 4 times as fast; the number
+    may be missing. images: how many each side handled, to print images/s instead of seconds.
+    """
+    ours, reference = seconds
+    sign, *limit = aim.split()
+    ratio = ours / reference if sign == "<=" else reference / ours
+    met = None
+    if limit:
+        met = ratio <= float(limit[0]) if sign == "<=" else ratio >= float(limit[0])
+    ours, reference = (f"{images / s:,.0f} img/s" if images else f"{s:.3g} s" for s in seconds)
+    what = "time" if sign == "<=" else "speed"
+    aim = aim if limit else ""
+    return {"name": name, "ours": ours, "reference": reference, "ratio": ratio, "of": what, "aim": aim,
+            "met": met, "seconds": seconds, "images": images, "note": note, **more}  # fmt: skip
+
+
+def blobs(n, d, device, clusters=500):
+    """(n, d) float32 rows around random centres that overlap, the same on every call."""
+    gen = common.generator("bench", n, d)
+    centres = 0.2 * torch.randn(clusters, d, generator=gen)
+    x = centres[torch.randint(clusters, (n,), generator=gen)]
+    return x.add_(torch.randn(n, d, generator=gen)).to(device)
+
+
+def synthetic(n, channels, size, device):
+    """n images of noise, in memory, with ten labels."""
+    gen = common.generator("bench images", n, channels, size)
+    pixels = torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8, generator=gen)
+    labels = torch.randint(10, (n,), generator=gen)
+    middle = (0.5,) * channels
+    return common.Images(
+        "noise", pixels.to(device), None, labels, [str(i) for i in range(10)], middle, middle
+    )
+
+
+# --------------------------------------------------------------------------- rows
+# A function for each name of --only yields rows; quick: smaller sizes.
+# ruff: noqa: B023 (a row's two functions have run before its loop goes on)
+
+
+def bench_kmeans(device, quick):
+    sizes = [(6_000, 84, 100), (5_000, 256, 100)] if quick else [(60_000, 84, 100), (50_000, 256, 1000)]
+    for n, d, k in sizes:
+        x, last = blobs(n, d, device), {}
+        start = torch.randperm(n, generator=common.generator(0, "kmeans"))[:k]  # where common.kmeans starts
+
+        def ours():
+            last["ours"] = common.kmeans(x, k, 20).objective
+
+        rows, first = x.cpu().numpy(), x[start.to(device)].cpu().numpy()
+
+        def reference():
+            plain = faiss.Kmeans(d, k, niter=20, max_points_per_centroid=n, min_points_per_centroid=1)
+            if device.type == "cuda":  # on this one; gpu=1 would take all there are
+                plain.index = faiss.index_cpu_to_gpu(bench_kmeans.resources, device.index, plain.index)
+            plain.train(rows, init_centroids=first)
+            last["faiss"] = plain.assign(rows)[0].mean()
+            last["iterations"] = len(plain.obj)  # newer versions stop where nothing changes any more
+
+        if device.type == "cuda":
+            bench_kmeans.resources = faiss.StandardGpuResources()
+        seconds = race(ours, reference, device, rounds=3)
+        note = f"mean squared distance {last['ours']:.6g} against {last['faiss']:.6g}"
+        note += f"; iterations 20 against {last['iterations']}"
+        yield row(f"kmeans N={n} D={d} K={k}", seconds, "<= 1.1", note=note)
+
+
+def bench_pca(device, quick):
+    for n, d, rounds in [(4_000, 512, 3)] if quick else [(20_000, 1024, 3), (8_192, 4096, 1)]:
+        x = blobs(n, d, device)
+        rows = x.cpu().numpy()
+
+        def ours():
+            return common.whiten(x, *common.pca(x, 256))
+
+        def reference():
+            plain = faiss.PCAMatrix(d, 256, -0.5)
+            plain.max_points_per_d = n
+            plain.train(rows)
+            return common.unit(torch.from_numpy(plain.apply(rows)))
+
+        seconds = race(ours, reference, device, rounds, warm_up=rounds > 1)
+        yield row(f"pca + whiten N={n} D={d} P=256", seconds)
+
+
+def bench_nearest(device, quick):
+    n, queries, d = (5_000, 500, 128) if quick else (50_000, 4_096, 128)
+    keys, q = common.unit(blobs(n, d, device)), common.unit(blobs(queries, d, device))
+
+    def plain(k):
+        return torch.cat([(chunk @ keys.T).topk(k, 1)[1] for chunk in q.split(512)])
+
+    for k in (1, 200):
+        seconds = race(lambda: common.nearest(q, keys, k, inner=True), lambda: plain(k), device)
+        same = (common.nearest(q, keys, k, inner=True)[1] == plain(k)).double().mean().item()
+        yield row(f"nearest {queries} in {n}, D={d}, k={k}", seconds, note=f"{same:.2%} of the ids agree")
+
+
+def bench_augmentation(device, quick):
+    n = 256 if quick else 2_048
+    data = synthetic(n, 3, 32, device)
+    loader = common.Loader(data, 256, 32, 32, device)
+    pictures = [Image.fromarray(x) for x in data.pixels.cpu().permute(0, 2, 3, 1).numpy()]
+    end = [transforms.ToTensor(), transforms.Normalize(data.mean, data.std)]
+    crop = [transforms.RandomResizedCrop(32, (0.2, 1.0)), transforms.RandomHorizontalFlip()]
+    tint = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
+    tint = [transforms.RandomApply([tint], 0.8), transforms.RandomGrayscale(0.2)]
+    simple = common.View((0.2, 1.0)), transforms.Compose([*crop, *end])
+    colourful = (
+        common.View((0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey=0.2),
+        transforms.Compose([*crop, *tint, *end]),
+    )
+    cases = [("two views with colour", 2, *colourful, ">= 4"), ("one view, crop + flip", 1, *simple, ">=")]
+    for name, count, view, one_by_one, aim in cases:
+
+        def ours():
+            return sum(len(index) for index, _ in loader.epoch(0, [view] * count))
+
+        def reference():
+            for batch in range(0, n, 256):
+                for _ in range(count):
+                    torch.stack([one_by_one(x) for x in pictures[batch : batch + 256]])
+
+        with threads(1):
+            seconds = race(ours, reference, device)
+        yield row(f"augmentation 32 px, {name}", seconds, aim, images=n * count)
+
+
+def networks(device, quick):
+    """(name, options, loader, body, head) of each network to measure, with its paper's recipe."""
+    found = [("digits", "lenet5", 1, 32, 12), ("fashionmnist", "lenet5", 1, 28, 12)]
+    found += [("cifar10", "alexnet-small", 3, 32, 6)]
+    if device.type == "cuda":
+        found = [(*rest, 100) for *rest, _ in found]
+        found += [("imagenet", arch, 3, 256, 10) for arch in ("alexnet", "vgg16", "resnet18")]
+    for recipe, arch, channels, side, steps in found:
+        args = deepcluster.options(["--recipe", recipe, "--data", "noise", "--arch", arch, "--lr", "1e-4"])
+        args.amp = device.type == "cuda"
+        data = synthetic(args.batch_size * (2 if quick else steps), channels, side, device)
+        loader = common.Loader(data, args.batch_size, args.image_size, args.resize, device)
+        body = deepcluster.make_body(args, channels)[1]
+        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        head = deepcluster.make_head(body.dim, args.k, 0)
+        name = f"{arch}, {args.image_size} px, B={args.batch_size}"
+        yield name, args, loader, body.to(device, memory_format=layout), head.to(device)
+
+
+def bench_training(device, quick):
+    for name, args, loader, body, head in networks(device, quick):
+        n, b = len(loader.data), args.batch_size
+        assign, weights = torch.arange(n) % args.k, torch.ones(n)
+        optimizer = torch.optim.SGD(
+            body.parameters(), args.lr, args.momentum, weight_decay=args.wd, fused=True
+        )
+        optimizers = optimizer, torch.optim.SGD(head.parameters(), args.lr, weight_decay=args.wd, fused=True)
+        view = common.View((args.crop_area, 1.0), flip=0.5 * args.flip)
+        index, (images,) = next(loader.epoch(0, [view]))
+        target = assign[index].to(device)
+        both = nn.Sequential(body, head)
+
+        def ours():
+            order = deepcluster.uniform_over_clusters(assign, common.generator("order"))
+            deepcluster.train(body, head, optimizers, loader, order, assign, weights, 0, 0, 0.0, args)
+
+        def reference():
+            both.train()
+            for _ in range(n // b):
+                both.zero_grad()
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                    logits = both(images)
+                F.cross_entropy(logits.float(), target).backward()
+
+        seconds = race(ours, reference, device)
+        yield row(f"DeepCluster step: {name}", seconds, "<= 1.15", images=n)
+
+
+def bench_extraction(device, quick):
+    for name, args, loader, body, _ in networks(device, quick):
+        index = torch.arange(len(loader.data))
+        batches = [crops[:, 0] for _, crops in loader.fixed(index)]
+
+        @torch.no_grad()
+        def reference():
+            body.eval()
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                return torch.cat([body(images).float() for images in batches])
+
+        def ours():
+            return common.extract(body, loader, index, args.amp)
+
+        yield row(f"extraction: {name}", race(ours, reference, device), images=len(index))
+
+
+def bench_probes(device, quick):
+    decays, b, n = [1e-3, 1e-4, 1e-5, 1e-6], 128, 128 if quick else 512
+    loader = common.Loader(synthetic(n, 3, 32, device), b, 32, 32, device)
+    options = {"batch_size": b, "seed": 0, "image_size": 32, "flip": True, "amp": False, "lr": 0.01}
+    args, order, labels = argparse.Namespace(**options), torch.arange(n), loader.data.labels.to(device)
+    net = common.backbone("alexnet-small", 3, 32, sobel=True).to(device).eval().requires_grad_(False)
+    maps = eval_linear.stage_maps(net, torch.zeros(1, 3, 32, 32, device=device))
+    pools = {s: eval_linear.pool_for("alexnet-small", 32, s, *x.shape[1:3]) for s, x in maps.items()}
+    features = {s: pools[s](x).numel() for s, x in maps.items()}
+
+    def classifiers(wanted, decays):
+        probes = eval_linear.Probes({s: features[s] for s in wanted}, decays, 10).to(device)
+        return probes, torch.optim.SGD(probes.groups(decays), args.lr, momentum=0.9)
+
+    def ours():
+        probes, optimizer = classifiers(features, decays)
+        eval_linear.train(net, pools, probes, optimizer, loader, order, 0, args)
+
+    def one_after_another(sets):
+        for stage, module in net.stages.items():
+            end = list(net.features).index(module) + 1
+            upto = nn.Sequential(net.sobel, net.features[:end], pools[stage], nn.Flatten())
+            for decay in sets:
+                probes, optimizer = classifiers([stage], decay)
+                for index, crops in loader.fixed(order):
+                    with torch.no_grad():
+                        x = upto(crops[:, 0])
+                    loss = eval_linear.probe_loss(probes({stage: x}), labels[index.to(device)]) / b
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+
+    for name, sets in (("stages", [decays]), ("classifiers", [[d] for d in decays])):
+        seconds = race(ours, lambda: one_after_another(sets), device, rounds=3)
+        count = len(features) * len(sets)
+        yield row(f"probes: one pass against {count} {name}", seconds, ">= 3", images=n)
+
+
+def bench_processes(device, quick):
+    found = {1: [], 2: []}
+    for _ in range(2):
+        for count, seconds in found.items():
+            seconds += spawn("processes", 5_000 if quick else 40_000, processes=count)["seconds"]
+    seconds = median(found[2]), median(found[1])
+    yield row("kmeans: 2 processes against 1, a core each", seconds, ">= 1.8")
+
+
+def bench_memory(device, quick):
+    images, share = (10_000, 20_000) if quick else (40_000, 160_000, 640_000), 1_280_000 // 8
+    peaks = {n: spawn("memory", n, device)["bytes"] for n in images}
+    (n, low), (m, high) = list(peaks.items())[-2:]
+    slope = (high - low) / (m - n)
+    peak = peaks.get(share, high + slope * (share - m))  # 160,000: one of 8 processes with ImageNet
+    plain = 1_280_000 * 4096 * 4
+    note = ", ".join(f"{n:,} images {p / 1e9:.2f} GB" for n, p in peaks.items())
+    yield {"name": "memory: clustering, D=4096, N=1.28M / 8", "ours": f"{peak / 1e9:.2f} GB",
+           "reference": f"{plain / 1e9:.0f} GB", "ratio": peak / plain, "of": "size", "aim": "<= 2 GB",
+           "met": peak <= 2e9, "bytes": peaks, "note": f"{note}; {slope:.0f} bytes an image"}  # fmt: skip
+
+
+ROWS = [bench_kmeans, bench_pca, bench_nearest, bench_augmentation, bench_training, bench_extraction]
+ROWS += [bench_probes, bench_processes, bench_memory]
+
+# --------------------------------------------------------------------------- in a process of its own
+
+
+def spawn(work, n, device="cpu", processes=1):
+    """What this file prints as `--worker work` in new processes (with one thread each for "processes")."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [__file__, "--worker", work, "--images", str(n), "--device", str(device)]
+    one = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")} if work == "processes" else {}
+    done = subprocess.run(command, env=os.environ | one, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def worker_processes(n, device, rounds=3):
+    """Seconds of k-means on this process's shard of n rows, between barriers."""
+    x, seconds = blobs(n, 256, device), []
+    first, last = common.shard(n)
+    x = x[first:last].clone()
+    for turn in range(-1, rounds):
+        if dist.is_initialized():
+            dist.barrier()
+        start = time.perf_counter()
+        common.kmeans(x, 500, 3 if turn < 0 else 10)
+        if dist.is_initialized():
+            dist.barrier()
+        seconds += [time.perf_counter() - start] if turn >= 0 else []
+    return {"seconds": seconds}
+
+
+def worker_memory(n, device):
+    """Peak memory of PCA and k-means with features of 4096 numbers, made from 16 pixels to be quick."""
+    loader = common.Loader(synthetic(n, 1, 4, device), 256, 4, 4, device)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(16, 4096), nn.ReLU()).to(device)
+    body.dim = 4096
+    z = deepcluster.deep_features(body, loader, 256, 8_192, 0, False)
+    common.kmeans(z, 100, 2)
+    if device.type == "cuda":
+        return {"bytes": torch.cuda.max_memory_allocated(device)}
+    try:  # not ru_maxrss: on Linux a new process starts with the peak of the one that made it
+        with open("/proc/self/status") as file:
+            return {"bytes": 1024 * next(int(x.split()[1]) for x in file if x.startswith("VmHWM"))}
+    except OSError:  # macOS: bytes
+        return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+
+
+# --------------------------------------------------------------------------- main
+
+
+def machine(device):
+    """What ran: processor, cores, threads, GPU, versions, and how busy the machine was."""
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            cpu = next((x.split(":")[1].strip() for x in file if x.startswith("model name")), cpu)
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "load": os.getloadavg()[0],
+        "versions": {"python": platform.python_version()}
+        | {m.__name__: m.__version__ for m in (torch, torchvision, faiss, np)},
+    }
+
+
+def main():
+    names = [f.__name__.removeprefix("bench_") for f in ROWS]
+    p = argparse.ArgumentParser(
+        description="Speed next to a plain reference", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    # fmt: off
+    p.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=f"rows to run, of: {', '.join(names)}")
+    p.add_argument("--quick", action="store_true", help="small sizes: shows that everything runs, not how fast")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--out", default="bench.json", help="JSON file with the machine and all rows, written anew")
+    p.add_argument("--worker", choices=["processes", "memory"], help="internal: what a spawned process does")
+    p.add_argument("--images", type=int, default=1000, help="internal: with --worker, number of images")
+    # fmt: on
+    args = p.parse_args()
+    device = common.setup(args.device)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # there is no step to finish first
+    if args.worker:
+        work = {"processes": worker_processes, "memory": worker_memory}[args.worker]
+        found = work(args.images, device)
+        if common.main_process():
+            print(json.dumps(found), flush=True)
+        common.leave()
+
+    report = {"command": " ".join(["bench.py", *sys.argv[1:]]), "machine": machine(device), "rows": []}
+
+    def write():
+        try:
+            with open(args.out, "w") as file:
+                json.dump(report, file, indent=1)
+        except OSError as error:
+            common.refuse(f"--out {args.out}: cannot write there ({error.strerror})")
+
+    write()
+    m = report["machine"]
+    print(f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, GPU: {m['gpu']}")
+    print(", ".join(f"{name} {version}" for name, version in m["versions"].items()))
+    if m["load"] > 0.5:
+        print(f"WARNING: load average {m['load']:.1f}: something else is running, timings mean little")
+    line = "{:46}{:>15}{:>15}{:>8} {:6}{:>8}  {:4}".format
+    print("\n" + line("name", "ours", "reference", "ratio", "of", "aim", "met"))
+    for bench in ROWS:
+        if bench.__name__.removeprefix("bench_") not in args.only:
+            continue
+        for r in bench(device, args.quick):
+            met = {True: "yes", False: "NO", None: ""}[r["met"]]
+            ratio = f"{r['ratio']:.2f}"
+            text = line(r["name"], r["ours"], r["reference"], ratio, r["of"], r["aim"], met)
+            print(text.rstrip() + (f"\n    {r['note']}" if r["note"] else ""), flush=True)
+            report["rows"].append(r)
+            write()
+    common.leave()
+
+
+if __name__ == "__main__":
+    main()
