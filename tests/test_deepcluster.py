@@ -1188,6 +1188,7 @@ def trap(module, name, n, sig="SIGKILL", torn=False):
 
 OTHER = ["--clustering", "pic", "--reassign", "2", "--balance", "loss"]
 HALTED = ["--halt-clustering", "2", "--reset-head", "--save-every", "3"]
+DROPOUT = ["--arch", "alexnet-small", "--image-size", "8", "--resize", "8", "--epochs", "2"]
 # name: (exit code, flags, where the signal comes). A k-means asks for neighbours 21 times; a save renames
 # checkpoint.pt to .prev (from the second save on), the new file to checkpoint.pt, and backbone.pt.
 CRASHES = {
@@ -1203,6 +1204,7 @@ CRASHES = {
     "SIGTERM in k-means": (143, [], trap("common", "nearest", 2 * 21 + 8, "SIGTERM")),
     "SIGTERM in the last step": (143, [], trap("deepcluster", "heartbeat", 4 * STEPS, "SIGTERM")),
     "PIC, SIGTERM in a step": (143, OTHER, trap("deepcluster", "heartbeat", 2 * STEPS + 2, "SIGTERM")),
+    "dropout, SIGTERM in a step": (143, DROPOUT, trap("deepcluster", "heartbeat", STEPS + 4, "SIGTERM")),
     "halted, kill in the last epoch": (-9, HALTED, trap("deepcluster", "heartbeat", 3 * STEPS + 2)),
 }
 
@@ -1211,7 +1213,7 @@ CRASHES = {
 def crashed(start, whole, defaults):
     """Every crash, then the same command again: name -> (first job's output, resumed job, reference)."""
     wholes = {"": whole}
-    for flags in (OTHER, HALTED):
+    for flags in (OTHER, HALTED, DROPOUT):
         wholes[" ".join(flags)] = start([*QUICK, *flags])
 
     def crash(flags, code):
