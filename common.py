@@ -303,6 +303,8 @@ def load_data(name, root="data", device="cpu"):
         train, test = _folder_splits(name)
     except ValueError as error:
         problem = str(error)
+    except OSError as error:  # even is_dir() raises where a parent may not be searched
+        problem = f"--data {name}: cannot read it ({_short(error)})"
     agree(problem)
     return train, test
 
@@ -418,11 +420,11 @@ def open_image(path):
         warnings.simplefilter("ignore")
         image.load()
         if image.mode.startswith("I") or image.mode == "F":
-            grey = np.asarray(image, dtype=np.float64)
+            grey = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
             top = grey.max(initial=0)
-            scale = 255.0 if top <= 1 and image.mode == "F" else 255 / 65535 if top > 255 else 1.0
-            grey = np.nan_to_num(grey * scale)
-            image = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8), "L")
+            sixteen = image.mode.startswith("I;16") or top > 255
+            scale = 255 / 65535 if sixteen else 255 if image.mode == "F" and top <= 1 else 1
+            image = Image.fromarray(np.clip(grey * scale, 0, 255).astype(np.uint8), "L")
         return image.convert("RGB")
 
 
@@ -444,7 +446,7 @@ class _Files(torch.utils.data.Dataset):
                 return i, self.make(open_image(self.paths[j]), random), bad
             except Exception as error:
                 bad.append((j, _short(error)))
-        raise RuntimeError(f"100 unreadable image files in a row from {self.paths[i]}: {bad[0][1]}")
+        return i, self.make(Image.new("RGB", (64, 64)), random), bad  # black; check_files will refuse
 
 
 def _collate(items):
@@ -580,6 +582,8 @@ class Loader:
     def check_files(self):
         """Refuse, on all processes, when more than max_bad files could not be read."""
         count = len(set(gather(torch.tensor(sorted(self.bad), dtype=torch.int64)).tolist()))
+        if count and count == len(self.data):
+            refuse(f"none of the {count} image files of {self.data.name} could be read")
         if count > self.max_bad:
             refuse(f"{count} image files could not be read, more than --max-bad {self.max_bad}")
         return count
@@ -1155,7 +1159,7 @@ def cluster_sizes(assign, k):
 # --------------------------------------------------------------------------- run folder
 
 FILES = ["log.jsonl", "checkpoint.pt", "checkpoint.prev.pt", "backbone.pt"]
-FILES += ["assignments.csv", "clusters.png"]
+FILES += ["checkpoint.damaged.pt", "assignments.csv", "clusters.png"]
 NOT_COMPARED = {"out", "overwrite", "workers", "device", "save_every", "root", "max_bad"}
 
 
@@ -1194,6 +1198,15 @@ def unwritable(folder):
         probe.unlink()
     except OSError as error:
         return f"--out {folder}: cannot write there ({error.strerror})"
+
+
+def _plain(value):
+    """The same with NaN and infinity, which JSON does not have, as None."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Run:
@@ -1238,12 +1251,9 @@ class Run:
     def log(self, record):
         """Append one JSON object to log.jsonl; NaN is written as null."""
         if main_process():
-            clean = {
-                k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
-            }
             try:
                 with open(self.out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(clean) + "\n")
+                    file.write(json.dumps(_plain(record)) + "\n")
             except OSError as error:
                 print(f"could not write the log: {error}", file=sys.stderr, flush=True)
 
@@ -1333,6 +1343,8 @@ def load_checkpoint(folder):
                 raise ValueError(f"{path} is not a checkpoint of these scripts")
             if damaged:
                 print(f"{damaged}; going on from {name}", flush=True)
+                # Out of the way, or the next save would keep it in place of the good one.
+                os.replace(Path(folder) / "checkpoint.pt", Path(folder) / "checkpoint.damaged.pt")
             return state
         except ValueError as error:
             damaged = damaged or str(error)
@@ -1389,7 +1401,7 @@ def load_backbone(path):
 def save_assignments(path, data, assign):
     """assignments.csv: image (path, or index for named sets), cluster."""
     if main_process():
-        with open(path, "w", newline="") as file:
+        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
             writer.writerow(["image", "cluster"])
             writer.writerows((data.title(i), c) for i, c in enumerate(assign.tolist()))
