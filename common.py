@@ -78,8 +78,9 @@ def setup(device="auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
-    except RuntimeError:
-        refuse(f"--device {device} is not a device; use auto, cpu, cuda or cuda:N")
+        assert device.type in ("cpu", "cuda")
+    except (RuntimeError, AssertionError):
+        refuse(f"--device {device}: use auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             refuse("--device cuda: torch sees no CUDA device here; leave --device out to run on the CPU")
@@ -975,13 +976,22 @@ def nearest(queries, keys, k=1, inner=False):
     return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
 
 
+def _check_finite(x):
+    """ValueError on all processes if one of them has NaN or infinite features."""
+    ends = torch.stack(x.aminmax()) if len(x) else x.new_zeros(2)  # they show in the extremes
+    if total((~ends.isfinite().all()).int()) > 0:
+        raise ValueError("the features to cluster hold NaN or infinite values; lower --lr?")
+
+
 def pca(x, p):
     """Mean (D,) and whitening matrix (D, p) of the rows x (n, D) of all processes: V / sqrt(lambda).
 
     Covariance in double precision; eigenvalues are floored at 1e-6 of the largest, so dead features
     and fewer rows than columns stay finite (faiss's own PCAMatrix gives NaN there). p is cut to D.
     Over 8192 columns the p leading axes come from a block power iteration instead.
+    Raises ValueError if x has NaN or infinite entries on any process.
     """
+    _check_finite(x)
     columns, p = x.shape[1], min(p, x.shape[1])
     count = total(torch.tensor(len(x), dtype=torch.float64, device=x.device)).clamp(min=1)
     mean = (
@@ -1056,9 +1066,7 @@ def kmeans(x, k, iterations=20, gen=None):
     n, first = sum(sizes), sum(sizes[: rank()])
     if not 1 <= k <= n:
         raise ValueError(f"k = {k} clusters for {n} images: k must lie in 1..{n}")
-    ends = torch.stack(x.aminmax()) if len(x) else x.new_zeros(2)  # NaN and inf show in the extremes
-    if total((~ends.isfinite().all()).int()) > 0:
-        raise ValueError("the features to cluster hold NaN or infinite values")
+    _check_finite(x)
     start = torch.randperm(n, generator=gen)[:k]
     mine = (start >= first) & (start < first + len(x))
     centroids = x.new_zeros(k, x.shape[1])
@@ -1129,6 +1137,14 @@ def clustering_accuracy(labels, assign):
     table = contingency_matrix(np.asarray(labels), np.asarray(assign))
     rows, columns = linear_sum_assignment(table, maximize=True)
     return float(table[rows, columns].sum() / table.sum())
+
+
+def label_scores(labels, assign):
+    """{nmi_labels, acc_labels, ari_labels} of an assignment (N,); nothing without labels."""
+    if labels is None:
+        return {}
+    acc = clustering_accuracy(labels, assign)
+    return {"nmi_labels": nmi(labels, assign), "acc_labels": acc, "ari_labels": ari(labels, assign)}
 
 
 def knn_predict(queries, bank, labels, k=200, temperature=0.07, classes=None):

@@ -61,6 +61,7 @@ from common import (
     he_init,
     heartbeat,
     kmeans,
+    label_scores,
     leave,
     load_data,
     nearest,
@@ -167,7 +168,9 @@ def options(argv=None):
     p.set_defaults(**RECIPES[recipe])
     args = p.parse_args(argv)
     args.recipe = recipe
-    args.out = args.out or f"runs/deepcluster-{os.path.basename(os.path.normpath(args.data))}"
+    args.out = args.out or f"runs/deepcluster-{os.path.basename(os.path.normpath(args.data))}" + (
+        "-initial-alignment" if args.initial_alignment else ""
+    )
     args.resize = args.resize or default_resize(args.image_size)
     if args.resnet_head == "auto":
         args.resnet_head = "B" if args.arch == "resnet18" else "A"
@@ -286,6 +289,8 @@ def power_iteration_clustering(ids, distance, sigma=0.2, a=0.001, iterations=200
     cluster of its nearest neighbour that is not alone.
     """
     n, k = ids.shape
+    if k == 0:  # a single image
+        return torch.zeros(n, dtype=torch.int64)
     rows, columns = np.arange(n).repeat(k), ids.numpy().ravel()
     affinity = np.exp(-distance.double().numpy().ravel() / sigma**2)
     w = sparse.csr_matrix((affinity, (rows, columns)), shape=(n, n))
@@ -315,13 +320,13 @@ def power_iteration_clustering(ids, distance, sigma=0.2, a=0.001, iterations=200
 
 def cluster(body, loader, args, *key):
     """Pseudo-labels of all images: assign (N,), distance to the centroid (N,) or None, K, objective."""
-    z = deep_features(body, loader, args.pca, args.pca_sample, args.seed, args.amp)
-    if args.clustering == "pic":
-        assign = power_iteration_clustering(*neighbour_graph(z))
-        return assign, None, int(assign.max()) + 1, None
     try:
+        z = deep_features(body, loader, args.pca, args.pca_sample, args.seed, args.amp)
+        if args.clustering == "pic":
+            assign = power_iteration_clustering(*neighbour_graph(z))
+            return assign, None, int(assign.max()) + 1, None
         found = kmeans(z, args.k, gen=generator(*key, "k-means"))  # a fresh start at every call
-    except ValueError as error:  # the same on all processes
+    except ValueError as error:  # NaN; the same on all processes
         refuse(f"{error}", 1)
     return gather(found.assign).cpu(), gather(found.distance).cpu(), args.k, found.objective
 
@@ -401,11 +406,11 @@ def main():
         initial_alignment(args, data, loader, device, run)
         leave()
     epoch = step = loss_sum = 0
-    head = assign_all = untrained = None
+    head = assign_all = untrained = record = None
     if run.state:
         state = run.state
         epoch, step, loss_sum = state["epoch"], state["step"], state["loss_sum"]
-        assign_all, untrained = state["assign_all"], state["untrained_nmi"]
+        assign_all, untrained, record = state["assign_all"], state["untrained_nmi"], state["record"]
         body.load_state_dict(state["body"])
         optimizer.load_state_dict(state["optimizer"])
         head = make_head(body.dim, state["clusters"]).to(device)
@@ -430,6 +435,7 @@ def main():
                 "head": head.state_dict(),  # its SGD has no momentum, so nothing to keep
                 "clusters": len(head[1].bias),
                 "assign_all": assign_all,  # (N,) pseudo-labels
+                "record": record,  # what the log will say of the epoch
                 "untrained_nmi": untrained,
                 "result": result,
             }
@@ -446,7 +452,9 @@ def main():
         )
 
     while epoch < args.epochs:
-        began, record = time.time(), {"epoch": epoch + 1, "lr": args.lr}
+        began = time.time()
+        if step == 0:
+            record = {"epoch": epoch + 1, "lr": args.lr}
         halted = 0 < args.halt_clustering <= epoch
         if step == 0 and not halted and epoch % args.reassign == 0:
             share_buffers(body)
@@ -458,9 +466,8 @@ def main():
                 "objective": objective,
                 "nmi_previous": None if before is None else nmi(before, assign_all),
             }
-            if data.labels is not None:
-                record["nmi_labels"] = nmi(data.labels, assign_all)
-                untrained = record["nmi_labels"] if untrained is None else untrained
+            record |= label_scores(data.labels, assign_all)
+            untrained = record.get("nmi_labels") if before is None else untrained
         elif step == 0 and halted and args.reset_head:
             head = make_head(body.dim, len(head[1].bias), args.seed, epoch).to(device)
         record |= cluster_sizes(assign_all, len(head[1].bias))
@@ -504,9 +511,8 @@ def main():
 
     share_buffers(body)
     assign, distance, k, _ = cluster(body, loader, args, args.seed, "final")
-    result = {"epochs": epoch, **cluster_sizes(assign, k)}
-    if data.labels is not None:
-        result |= {"nmi_labels": nmi(data.labels, assign), "nmi_labels_untrained": untrained}
+    result = {"epochs": epoch, **cluster_sizes(assign, k), **label_scores(data.labels, assign)}
+    result |= {"nmi_labels_untrained": untrained}
     run.log({"result": result, "minutes": (time.time() - run.started) / 60})
     save_assignments(run.out / "assignments.csv", data, assign)
     save_pictures(run.out / "clusters.png", loader, assign, distance)

@@ -1189,11 +1189,11 @@ def trap(module, name, n, sig="SIGKILL", torn=False):
 OTHER = ["--clustering", "pic", "--reassign", "2", "--balance", "loss"]
 HALTED = ["--halt-clustering", "2", "--reset-head", "--save-every", "3"]
 DROPOUT = ["--arch", "alexnet-small", "--image-size", "8", "--resize", "8", "--epochs", "2"]
-# name: (exit code, flags, where the signal comes). A k-means asks for neighbours 21 times; a save renames
-# checkpoint.pt to .prev (from the second save on), the new file to checkpoint.pt, and backbone.pt.
+# name: (exit code, flags, where the signal comes). A k-means asks for neighbours up to 21 times; a save
+# renames checkpoint.pt to .prev (from the second on), the new file to checkpoint.pt, and backbone.pt.
 CRASHES = {
     "kill in a step": (-9, [], trap("deepcluster", "heartbeat", 2 * STEPS + 4)),
-    "kill in k-means": (-9, [], trap("common", "nearest", 2 * 21 + 8)),
+    "kill in k-means": (-9, [], trap("common", "nearest", 30)),
     "kill after the log, before the checkpoint": (-9, [], trap("common.Run", "save", 3)),
     "kill in the middle of writing": (-9, [], trap("torch", "save", 3, torn=True)),
     "kill between the two renames": (-9, [], trap("os", "replace", 4)),
@@ -1201,7 +1201,7 @@ CRASHES = {
     "kill in the first epoch": (-9, [], trap("deepcluster", "heartbeat", 3)),
     "kill while drawing the pictures": (-9, [], trap("deepcluster", "save_pictures", 1)),
     "SIGINT in a step": (130, [], trap("deepcluster", "heartbeat", STEPS + 4, "SIGINT")),
-    "SIGTERM in k-means": (143, [], trap("common", "nearest", 2 * 21 + 8, "SIGTERM")),
+    "SIGTERM in k-means": (143, [], trap("deepcluster", "kmeans", 3, "SIGTERM")),
     "SIGTERM in the last step": (143, [], trap("deepcluster", "heartbeat", 4 * STEPS, "SIGTERM")),
     "PIC, SIGTERM in a step": (143, OTHER, trap("deepcluster", "heartbeat", 2 * STEPS + 2, "SIGTERM")),
     "dropout, SIGTERM in a step": (143, DROPOUT, trap("deepcluster", "heartbeat", STEPS + 4, "SIGTERM")),
