@@ -35,7 +35,7 @@ import torch  # before faiss: both bring an OpenMP, and this order is the one th
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageFile
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -77,13 +77,16 @@ def setup(device="auto"):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(device)
-        assert device.type in ("cpu", "cuda")
-    except (RuntimeError, AssertionError):
-        refuse(f"--device {device}: use auto, cpu, cuda or cuda:N")
+        device, name = torch.device(device), device
+    except RuntimeError:
+        device, name = None, device
+    if device is None or device.type not in ("cpu", "cuda"):
+        refuse(f"--device {name}: use auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             refuse("--device cuda: torch sees no CUDA device here; leave --device out to run on the CPU")
+        if (device.index or 0) >= torch.cuda.device_count():
+            refuse(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices here")
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -186,9 +189,19 @@ def _remember_signal(number, _frame):
     _signal = number
 
 
+_before_leaving = []
+
+
+def before_leaving(save):
+    """What to call if a signal comes outside of a training step (see leave_if_asked)."""
+    _before_leaving[:] = [save]
+
+
 def leave_if_asked():
-    """Leave now if a signal came; for phases in which there is nothing new to save."""
+    """Leave now if a signal came; for phases that are done again from their start, like clustering."""
     if _signal:
+        for save in _before_leaving:
+            save()
         say(f"stopped by signal {_signal}; the same command does this part again")
         os._exit(128 + _signal)
 
@@ -214,8 +227,9 @@ def heartbeat(loss):
 def generator(*key):
     """A CPU random generator that depends on the key alone, e.g. (seed, epoch, step, "flip").
 
-    Nothing random is drawn from anywhere else, so there is no random state to save, and images,
-    crops and starting points are the same on 1 or 8 processes, on the CPU or a GPU.
+    Nothing random is drawn from anywhere else (seed_all and seed_step seed torch's own generators by
+    keys, too), so there is no random state to save, and images, crops and starting points are the same
+    on 1 or 8 processes, on the CPU or a GPU.
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -429,9 +443,6 @@ def open_image(path):
         return image.convert("RGB")
 
 
-ImageFile.LOAD_TRUNCATED_IMAGES = False
-
-
 class _Files(torch.utils.data.Dataset):
     """What a loader worker runs: one file to uint8 crops. Keys carry the index and its random numbers."""
 
@@ -447,7 +458,11 @@ class _Files(torch.utils.data.Dataset):
                 return i, self.make(open_image(self.paths[j]), random), bad
             except Exception as error:
                 bad.append((j, _short(error)))
-        return i, self.make(Image.new("RGB", (64, 64)), random), bad  # black; check_files will refuse
+        return (
+            i,
+            self.make(Image.new("RGB", (64, 64)), random),
+            bad,
+        )  # black: a hundred in a row could not be read
 
 
 def _collate(items):
@@ -473,7 +488,7 @@ class Loader:
         self.device, self.workers, self.seed, self.max_bad = device, workers, seed, max_bad
         self.bad = {}  # index -> why the file could not be read
         if batch_size % processes():
-            refuse(f"--batch-size {batch_size} does not divide by {processes()} processes")
+            refuse(f"--batch-size {batch_size} is no multiple of the {processes()} processes")
         self.mean = torch.tensor(data.mean, device=device).view(-1, 1, 1)
         self.std = torch.tensor(data.std, device=device).view(-1, 1, 1)
 
@@ -502,9 +517,7 @@ class Loader:
         if self.data.paths is None:
             for index, rows, turns in map(draw, steps):
                 raw = self.data.pixels[index.to(self.device)]
-                images = [
-                    geometry(raw, v, r.to(self.device), self.size) for v, r in zip(views, rows, strict=True)
-                ]
+                images = [geometry(raw, v, r, self.size) for v, r in zip(views, rows, strict=True)]
                 yield index, self._finish(images, views, rows, turns)
             return
 
@@ -548,7 +561,6 @@ class Loader:
             batches = self._files(make, [[(i, None) for i in part.tolist()] for part in parts])
             batches = ((i, x[0].float() / 255) for i, x in batches)
         for i, crops in batches:
-            leave_if_asked()
             crops = torch.cat([crops, crops.flip(-1)], 1) if ten else crops
             yield i, (crops - self.mean) / self.std
 
@@ -599,7 +611,7 @@ def default_resize(size):
 # A batch at a time on any device, but image by image its own numbers: row i of `random` (b, RANDOM)
 # in 0..1 decides everything about image i. torchvision's v2 transforms give a whole batch one crop.
 
-RANDOM = 36  # 0-21 crop, 22 flip, 23 jitter or not, 24-27 its strengths, 28 grey, 29-30 blur, 31 solarise
+RANDOM = 36  # 0-21 crop, 22 flip, 23 jitter or not, 24-27 its strengths, 28 grey, 29-30 blur, 31 solarise, rest spare
 
 
 @dataclass(frozen=True)
@@ -658,15 +670,18 @@ def crop_resize(images, boxes, flip, size):
 
 
 def geometry(pixels, view, random, size):
-    """Random crop and flip of uint8 (b, C, H, W) pixels: (b, C, size, size) float in 0..1."""
-    images, flip = pixels.float() / 255, random[:, 22] < view.flip
+    """Random crop and flip of uint8 (b, C, H, W) pixels: (b, C, size, size) float in 0..1.
+
+    random (b, RANDOM) lies on the CPU, so that rounding gives the same boxes for every device.
+    """
+    images, flip = pixels.float() / 255, (random[:, 22] < view.flip).to(pixels.device)
     if view.pad:
         images = F.pad(images, [view.pad] * 4)
         top, left = ((random[:, 20 + i] * (images.shape[2 + i] - size + 1)).floor().long() for i in (0, 1))
         boxes = torch.stack([top, left, torch.full_like(top, size), torch.full_like(top, size)], 1)
     else:
         boxes = crop_boxes(random[:, :22], *images.shape[2:], view.area, view.ratio)
-    return crop_resize(images, boxes, flip, size)
+    return crop_resize(images, boxes.to(images.device), flip, size)
 
 
 def _pil_geometry(image, view, random, size):
@@ -774,7 +789,7 @@ def fixed_crops(images, size, ten=False):
 
 
 # --------------------------------------------------------------------------- networks
-# forward(images (B, C, S, S)) gives (B, net.dim) features: for lenet5, alexnet and vgg16 the last
+# forward(images (B, C, S, S)) gives (B, net.dim) features: for lenet5, the AlexNets and vgg16 the last
 # hidden linear layer before its ReLU, for ResNets the last map, flattened or (pool=True) averaged.
 # net.stages names the modules whose output maps are worth probing.
 
@@ -842,7 +857,7 @@ class ResNet(torchvision.models.ResNet):
 
 
 def he_init(net):
-    """Convolutions N(0, sqrt(2 / (k*k*out))), linear layers N(0, 0.01), biases 0 [DeepCluster, code]."""
+    """Convolutions N(0, sqrt(2 / (k*k*out))), linear layers N(0, 0.01), biases 0 [as DeepCluster's code]."""
     for m in net.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -893,7 +908,9 @@ def backbone(arch, channels=3, size=224, sobel=False, dropout=0.5, pool=False):
         plan += [(384, 3, 1, 1), (384, 3, 1, 1), (256, 3, 1, 1), ("pool", 3, 2)]
         modules, ends = _convolutions(plan, cin)
         tail = hidden(4096, 4096)
-    elif arch == "alexnet-small":  # Deep Dive 3.3; its hidden layers are not printed, 2048 is ours
+    elif (
+        arch == "alexnet-small"
+    ):  # Deep Dive 3.3; kernels, pools and hidden layers are not printed; 2048 as in its code
         plan = [(48, 3, 1, 1), ("pool", 2, 2), (126, 3, 1, 1), ("pool", 2, 2)]
         plan += [(192, 3, 1, 1), (192, 3, 1, 1), (128, 3, 1, 1)]
         modules, ends = _convolutions(plan, cin)
@@ -926,6 +943,7 @@ def extract(net, loader, index, amp=False, then=None):
     was_training, parts = net.training, []
     net.eval()
     for _, crops in loader.fixed(index):
+        leave_if_asked()
         with torch.autocast(loader.device.type, torch.bfloat16, enabled=amp):
             features = net(crops[:, 0])
         parts.append(features.float() if then is None else then(features.float()))
@@ -976,7 +994,7 @@ def nearest(queries, keys, k=1, inner=False):
     return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
 
 
-def _check_finite(x):
+def check_finite(x):
     """ValueError on all processes if one of them has NaN or infinite features."""
     ends = torch.stack(x.aminmax()) if len(x) else x.new_zeros(2)  # they show in the extremes
     if total((~ends.isfinite().all()).int()) > 0:
@@ -991,7 +1009,7 @@ def pca(x, p):
     Over 8192 columns the p leading axes come from a block power iteration instead.
     Raises ValueError if x has NaN or infinite entries on any process.
     """
-    _check_finite(x)
+    check_finite(x)
     columns, p = x.shape[1], min(p, x.shape[1])
     count = total(torch.tensor(len(x), dtype=torch.float64, device=x.device)).clamp(min=1)
     mean = (
@@ -1055,8 +1073,8 @@ class Clusters:
 def kmeans(x, k, iterations=20, gen=None):
     """Lloyd's k-means of the rows x (n, D) of all processes, as DeepCluster ran it with faiss.
 
-    k distinct rows start as centroids, drawn by `gen`. An empty cluster k takes half of a donor j,
-    chosen with probability (n_j - 1) / (N - K): both get j's centroid, even coordinates of one
+    The rows of k different images start as centroids, drawn by `gen`. An empty cluster k takes half of a donor j,
+    chosen with probability proportional to n_j - 1: both get j's centroid, even coordinates of one
     times 1 + 1/1024 and odd ones times 1 - 1/1024, the other one the other way round. The repair
     comes before the last assignment, so clusters may still be empty at the end.
     Raises ValueError if k exceeds the number of rows or x has NaN or infinite entries anywhere.
@@ -1066,7 +1084,7 @@ def kmeans(x, k, iterations=20, gen=None):
     n, first = sum(sizes), sum(sizes[: rank()])
     if not 1 <= k <= n:
         raise ValueError(f"k = {k} clusters for {n} images: k must lie in 1..{n}")
-    _check_finite(x)
+    check_finite(x)
     start = torch.randperm(n, generator=gen)[:k]
     mine = (start >= first) & (start < first + len(x))
     centroids = x.new_zeros(k, x.shape[1])
@@ -1160,7 +1178,8 @@ def knn_predict(queries, bank, labels, k=200, temperature=0.07, classes=None):
 
 
 def cluster_sizes(assign, k):
-    """{clusters, empty, smallest, largest, largest_share} of an assignment (N,) to k clusters."""
+    """{clusters, empty, smallest, largest, largest_share} of an assignment (N,) to k clusters; the smallest
+    of those that are not empty."""
     counts = torch.bincount(assign.cpu(), minlength=k)
     largest = int(counts.max())
     return {
@@ -1189,6 +1208,15 @@ def progress(items, length, text):
     """A bar while iterating, on a terminal and on the main process only."""
     hidden = not (main_process() and sys.stderr.isatty())
     return tqdm(items, text, length, leave=False, disable=hidden, dynamic_ncols=True)
+
+
+@contextlib.contextmanager
+def _though_the_disk_be_full(path):
+    """A file that cannot be written is told of and does not end the run."""
+    try:
+        yield
+    except OSError as error:
+        print(f"could not write {path} ({_short(error)}); the run goes on", file=sys.stderr, flush=True)
 
 
 def what_runs(args, device):
@@ -1238,14 +1266,18 @@ class Run:
         config = {k: v for k, v in vars(args).items() if k not in NOT_COMPARED and k not in may_differ}
         self.config = json.loads(json.dumps(config))
         self.state = from_main(lambda: self._open(args))
-        self.started = time.time()
+        self.began = time.time() - 60 * (self.state or {}).get("minutes", 0)
+
+    def minutes(self):
+        """Time the run has taken, what was done before a resume included."""
+        return (time.time() - self.began) / 60
 
     def _open(self, args):
         if problem := unwritable(self.out):
             self._refuse(problem)
         if args.overwrite:
-            for name in FILES:
-                (self.out / name).unlink(missing_ok=True)
+            for path in [*map(self.out.joinpath, FILES), *self.out.glob("eval_linear-*.json")]:
+                path.unlink(missing_ok=True)
         state = load_checkpoint(self.out)
         if state is not None:
             old = state.get("config", {})
@@ -1267,11 +1299,9 @@ class Run:
     def log(self, record):
         """Append one JSON object to log.jsonl; NaN is written as null."""
         if main_process():
-            try:
-                with open(self.out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(_plain(record)) + "\n")
-            except OSError as error:
-                print(f"could not write the log: {error}", file=sys.stderr, flush=True)
+            path = self.out / "log.jsonl"
+            with _though_the_disk_be_full(path), open(path, "a") as file:
+                file.write(json.dumps(_plain(record)) + "\n")
 
     def first_record(self, args, device, data):
         """What ran: the command, all arguments, versions, device and data."""
@@ -1286,6 +1316,7 @@ class Run:
                 **state,
                 "config": self.config,
                 "log_bytes": log.stat().st_size if log.exists() else 0,
+                "minutes": self.minutes(),
             }
             self.unsaved = not save_file(self.out / "checkpoint.pt", state, keep="checkpoint.prev.pt")
 
@@ -1402,7 +1433,7 @@ def load_backbone(path):
     if not isinstance(saved, dict) or not {"state_dict", "meta"} <= set(saved):
         raise ValueError(f"{path} is no backbone.pt (it lacks state_dict and meta)")
     meta = saved["meta"]
-    missing = {"arch", "channels", "image_size", "sobel", "mean", "std"} - set(meta)
+    missing = {"arch", "channels", "image_size", "sobel", "mean", "std", "data", "method"} - set(meta)
     if missing or meta["arch"] not in ARCHS:
         raise ValueError(f"{path}: its network cannot be rebuilt, meta lacks {missing or 'a known arch'}")
     shape = (meta["arch"], meta["channels"], meta["image_size"], meta["sobel"])
@@ -1417,7 +1448,8 @@ def load_backbone(path):
 def save_assignments(path, data, assign):
     """assignments.csv: image (path, or index for named sets), cluster."""
     if main_process():
-        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        utf8 = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+        with _though_the_disk_be_full(path), open(path, "w", **utf8) as file:
             writer = csv.writer(file)
             writer.writerow(["image", "cluster"])
             writer.writerows((data.title(i), c) for i, c in enumerate(assign.tolist()))
@@ -1440,4 +1472,6 @@ def save_pictures(path, loader, assign, distance, rows=10, columns=10):
         best = members[distance[members].argsort(stable=True)][:columns]
         crops = torch.cat([x[:, 0] for _, x in loader.fixed(best)]) * loader.std + loader.mean
         tiles.append(torch.cat([crops.cpu(), torch.ones(columns - len(best), *crops.shape[1:])]))
-    torchvision.utils.save_image(torch.cat(tiles).clamp(0, 1), path, nrow=columns, padding=2, pad_value=1)
+    tiles = torch.cat(tiles).clamp(0, 1)
+    with _though_the_disk_be_full(path):
+        torchvision.utils.save_image(tiles, path, nrow=columns, padding=2, pad_value=1)

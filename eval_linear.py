@@ -1,7 +1,7 @@
 """Frozen-feature evaluation: a linear classifier on every stage of a network, ten crops, nearest neighbours.
 
 Linear probes as in Caron et al., Deep Clustering for Unsupervised Learning of Visual Features, ECCV
-2018, section 4.2 and released code; kNN as in Wu et al., Unsupervised Feature Learning via
+2018, section 4.3 and released code; kNN as in Wu et al., Unsupervised Feature Learning via
 Non-Parametric Instance Discrimination, CVPR 2018.
 
     each batch:  x_s = pool(output map of stage s)       (B, D_s)  frozen, evaluation mode, no gradient
@@ -36,6 +36,8 @@ Departs from the paper and its code, on purpose:
  7. A labelled folder without val/ or test/: a fifth of its images, the same for all seeds, is the test set.
  8. --random: batch norm gets the statistics of 256 training images, as a trained network has them.
  9. The small sets have 20 epochs [Deep Dive 3.3], on every stage instead of the topmost alone.
+10. On CUDA the frozen network runs in bf16 autocast (--no-amp), the classifiers in float32.
+11. An evaluation is not resumed: interrupted, it writes nothing; run again, it overwrites its JSON.
 """
 
 import argparse
@@ -63,6 +65,7 @@ from common import (
     heartbeat,
     knn_predict,
     leave,
+    leave_if_asked,
     load_backbone,
     load_data,
     main_process,
@@ -84,13 +87,14 @@ from common import (
 # network brings its own. Flags override.
 
 RECIPES = {
-    "imagenet": {"epochs": 90, "flip": True, "image_size": 224, "resize": 256},
-    "cifar10": {"epochs": 20, "flip": True, "image_size": 32, "resize": 32},
-    "fashionmnist": {"epochs": 20, "flip": True, "image_size": 32, "resize": 44},
-    "digits": {"epochs": 20, "flip": False, "image_size": 32, "resize": 32},
+    "imagenet": {"epochs": 90, "flip": True, "sobel": True, "image_size": 224, "resize": 256},
+    "cifar10": {"epochs": 20, "flip": True, "sobel": True, "image_size": 32, "resize": 45},
+    "svhn": {"epochs": 20, "flip": False, "sobel": True, "image_size": 32, "resize": 44},
+    "fashionmnist": {"epochs": 20, "flip": True, "sobel": False, "image_size": 32, "resize": 44},
+    "digits": {"epochs": 20, "flip": False, "sobel": False, "image_size": 32, "resize": 32},
 }
-RECIPES["cifar100-20"] = RECIPES["stl10"] = RECIPES["cifar10"]
-RECIPES["mnist"] = RECIPES["svhn"] = RECIPES["digits"]
+RECIPES["mnist"] = RECIPES["digits"]
+RECIPES["cifar100-20"] = RECIPES["stl10"] = {**RECIPES["cifar10"], "resize": 32}
 
 
 def options(argv=None):
@@ -108,7 +112,7 @@ def options(argv=None):
     g.add_argument("--epochs", type=int, default=later, help="passes over the training images; default: 90 for folders [DeepCluster], 20 for named sets [Deep Dive 3.3]")
     g.add_argument("--batch-size", type=int, default=256, help="images per step, over all processes [DeepCluster, code]")
     g.add_argument("--lr", type=float, default=0.01, help="learning rate at the start; falls as lr / sqrt(1 + lr wd t), t the step [DeepCluster, code]")
-    g.add_argument("--wd", type=float, nargs="+", default=[1e-3, 1e-4, 1e-5, 1e-6], help="weight decays to choose from, for each stage its own [DeepCluster 4.2: cross-validated; the grid is ours]")
+    g.add_argument("--wd", type=float, nargs="+", default=[1e-3, 1e-4, 1e-5, 1e-6], help="weight decays to choose from, for each stage its own [DeepCluster 4.3: cross-validated; the grid is ours]")
     g.add_argument("--image-size", type=int, default=later, help="side of the square the network sees, in pixels; only with --random; default: 224 for folders, 32 for named sets")
     g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode files, for each evaluating process; not used for data in memory")
     g.add_argument("--seed", type=int, default=0, help="decides every random number")
@@ -119,7 +123,7 @@ def options(argv=None):
     g.add_argument("--resize", type=int, default=later, help="shorter side before cropping, in pixels; default: what the run used, else 256 for 224, no enlargement up to 64")
     g = p.add_argument_group("evaluation")
     g.add_argument("--random", metavar="ARCH", choices=ARCHS, help=f"evaluate an untrained network: {', '.join(ARCHS)}; its weights are those a run with this --seed starts from")
-    g.add_argument("--sobel", action=yes_no, default=later, help="with --random: filter images by Sobel's operator; default: on, off for lenet5")
+    g.add_argument("--sobel", action=yes_no, default=later, help="with --random: filter images by Sobel's operator; default: as deepcluster.py for this data")
     g.add_argument("--held-out", type=float, default=0.1, help="share of the training images, 0..1, that choose weight decay and best epoch")
     g.add_argument("--flip", action=yes_no, default=later, help="mirror half of the training images; default: on, off for digits, mnist and svhn")
     g.add_argument("--random-crop", action=yes_no, default=later, help="train on random crops of the central square instead of centre crops; default: on above 64 pixels")
@@ -164,7 +168,7 @@ def open_network(args, device):
     meta |= {"arch": args.random, "method": "random"}
     if "image_size" in args:
         meta |= {"image_size": args.image_size, "resize": default_resize(args.image_size)}
-    meta |= {"sobel": vars(args).get("sobel", args.random != "lenet5"), "data": name}
+    meta |= {"sobel": vars(args).get("sobel", recipe["sobel"]), "data": name}
     meta |= {"channels": train.channels, "mean": list(train.mean), "std": list(train.std)}
     seed_all(args.seed, "weights")
     return backbone(args.random, train.channels, meta["image_size"], meta["sobel"]), meta, train, test
@@ -357,6 +361,7 @@ def accuracies(net, pools, probes, loader, ids, args, ten=False):
     first, last = shard(len(ids))
     crops_at_once = max(1, args.batch_size // processes() // (10 if ten else 1))
     for index, crops in loader.fixed(ids[first:last], ten, crops_at_once):
+        leave_if_asked()
         target = loader.data.labels[index].to(crops.device)
         logits = probes(stage_maps(net, crops.flatten(0, 1), pools, args.amp))  # (S, W, b * crops, K)
         right += (mean_over_crops(logits, crops.shape[1]).argmax(-1) == target).sum(-1)  # (S, W)

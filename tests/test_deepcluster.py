@@ -1037,7 +1037,7 @@ PROMISED = [
 
 
 def test_log_holds_what_ran_every_epoch_and_the_result(whole):
-    """Design 6: first record, one a epoch, result last; sizes are those of the stored labels."""
+    """First record, one a epoch, result last; sizes are those of the stored labels."""
     first, *records, last = whole.log()
     assert first["command"] == "deepcluster.py " + " ".join(QUICK)
     assert first["args"]["k"] == 20 and first["args"]["wd"] == 1e-5 and first["args"]["seed"] == 0

@@ -20,7 +20,7 @@ METHODS = [name for name in METHODS if (ROOT / f"{name}.py").exists()]
 SCRIPTS = METHODS + [name for name in ("eval_linear", "bench") if (ROOT / f"{name}.py").exists()]
 OURS = {path.stem for path in ROOT.glob("*.py")}
 
-# Design, section 3: the flags that all methods share, in their order.
+# The flags that all methods share, in their order.
 SHARED = "data root arch k epochs batch-size lr wd image-size workers seed device amp compile".split()  # noqa: SIM905
 SHARED = [f"--{name}" for name in [*SHARED, "out", "overwrite", "save-every"]]
 SECTIONS = ["recipes and options", "network", "the algorithm", "one epoch", "main"]
@@ -102,7 +102,7 @@ def test_every_flag_is_explained(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_shared_flags_come_first_and_in_their_order(name):
-    """Design 3: the same flags in the same order in all methods, before any other."""
+    """The same flags in the same order in all methods, before any other."""
     names = [flag for flag, _ in flags(name)]
     assert names[: len(SHARED)] == SHARED and len(set(names)) == len(names)
 
@@ -137,7 +137,7 @@ def test_every_flag_is_used(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_sections_stand_in_the_order_of_the_skeleton(name):
+def test_sections_stand_in_the_order_of_the_house(name):
     """Card, then recipes and options, network, the algorithm, one epoch, main: in all four files."""
     assert re.findall(r"^# -{60,} (.+)$", source(name), flags=re.MULTILINE) == SECTIONS
     card = ast.get_docstring(tree(name))
@@ -175,7 +175,7 @@ def test_files_are_loaded_without_unpickling(name):
 
 
 def test_names_of_data_sets_and_networks():
-    """Design 3, in its order."""
+    """The names that users type, in the order of the help."""
     assert common.DATASETS == ["digits", "mnist", "fashionmnist", "cifar10", "cifar100-20", "svhn", "stl10"]
     assert common.ARCHS == ["lenet5", "alexnet", "alexnet-small", "vgg16", "resnet18", "resnet50"]
 
