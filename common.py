@@ -573,14 +573,15 @@ class Loader:
         return F.interpolate(x, wanted, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
 
     def _files(self, make, keys):
+        workers = self.workers if sys.platform == "linux" else 0  # elsewhere, forking is not safe
         loader = torch.utils.data.DataLoader(
             _Files(self.data.paths, make),
             batch_sampler=keys,
-            num_workers=self.workers,
+            num_workers=workers,
             collate_fn=_collate,
             worker_init_fn=_ignore_signals,
             pin_memory=self.device.type == "cuda",
-            multiprocessing_context="fork" if self.workers else None,
+            multiprocessing_context="fork" if workers else None,
         )
         for index, images, bad in loader:
             for j, why in bad:

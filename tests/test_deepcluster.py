@@ -556,7 +556,6 @@ def test_resnet_a_is_the_flattened_map_and_b_two_layers_of_4096(resnet_b):
         ("resnet18", ["--resnet-head", "A"], 512 * 49, 512 * 49),
         ("resnet18", [], 512 * 49, 4096),
         ("resnet50", [], 2048 * 49, 2048 * 49),
-        ("resnet50", ["--resnet-head", "B"], 2048 * 49, 4096),
     ]:
         trunk, body, args = body_of("--arch", arch, *flag, device="meta")
         assert trunk(images).shape == (2, fmap) and body(images).shape == (2, dim), (arch, flag)
@@ -1456,6 +1455,7 @@ MISTAKES = {
     "unknown data": (lambda p: ["--data", "cifar"], ["cifar", *NAMES]),
     "unknown arch": (lambda p: ["--arch", "resnet"], ["--arch", *NETS]),
     "missing folder": (lambda p: ["--data", p.root / "none"], ["none", "no such folder"]),
+    "ResNet-50 B": (lambda p: ["--arch", "resnet50", "--resnet-head", "B"], ["--resnet-head", "trivial"]),
     "empty folder": (lambda p: ["--data", p.empty], ["empty", "no images"]),
     "a file for a folder": (lambda p: ["--data", p.file], ["file"]),
     "batch larger than N": (lambda p: ["--batch-size", "1438"], ["--batch-size", "1438", "1437"]),
