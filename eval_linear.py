@@ -34,7 +34,8 @@ Departs from the paper and its code, on purpose:
     rounded down, but no more than the map has.
  6. ResNets: kNN compares the average of the last map, also where training used the whole map.
  7. A labelled folder without val/ or test/: a fifth of its images, the same for all seeds, is the test set.
- 8. --random: batch norm gets the statistics of 256 training images, as a trained network has them.
+ 8. --random: batch norm gets the statistics of 256 training images, as a trained network has them: the
+    stronger baseline; --no-fill-batch-norm is the network as it was initialised.
  9. The small sets have 20 epochs [Deep Dive 3.3], on every stage instead of the topmost alone.
 10. On CUDA the frozen network runs in bf16 autocast (--no-amp), the classifiers in float32.
 11. An evaluation is not resumed: interrupted, it writes nothing; run again, it overwrites its JSON.
@@ -124,6 +125,7 @@ def options(argv=None):
     g = p.add_argument_group("evaluation")
     g.add_argument("--random", metavar="ARCH", choices=ARCHS, help=f"evaluate an untrained network: {', '.join(ARCHS)}; its weights are those a run with this --seed starts from")
     g.add_argument("--sobel", action=yes_no, default=later, help="with --random: filter images by Sobel's operator; default: as deepcluster.py for this data")
+    g.add_argument("--fill-batch-norm", action=yes_no, default=True, help="with --random: batch-norm statistics from 256 training images, not 0 and 1")
     g.add_argument("--held-out", type=float, default=0.1, help="share of the training images, 0..1, that choose weight decay and best epoch")
     g.add_argument("--flip", action=yes_no, default=later, help="mirror half of the training images; default: on, off for digits, mnist and svhn")
     g.add_argument("--random-crop", action=yes_no, default=later, help="train on random crops of the central square instead of centre crops; default: on above 64 pixels")
@@ -407,7 +409,7 @@ def main(argv=None):
     centre = Loader(train_data, args.batch_size, size, *rest)
     test = Loader(test_data, args.batch_size, size, *rest)
     net.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
-    if args.random:
+    if args.random and args.fill_batch_norm:
         fill_batch_norm(net, next(centre.fixed(fit[:256], batch_size=256))[1][:, 0])
     if hasattr(net, "pool"):
         net.pool = True  # ResNets: 512 or 2048 features for kNN, not the 100,352 of a whole map
