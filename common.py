@@ -829,8 +829,12 @@ class PlainNet(nn.Module):
         self.dim = [m for m in self.classifier if isinstance(m, nn.Linear)][-1].out_features
         he_init(self)
 
+    def maps(self, images):
+        """The last map (B, C, h, w); what lies before it can be read off the stages."""
+        return self.features(self.sobel(images))
+
     def forward(self, images):
-        return self.classifier(self.features(self.sobel(images)).flatten(1))
+        return self.classifier(self.maps(images).flatten(1))
 
 
 class ResNet(torchvision.models.ResNet):
@@ -851,9 +855,13 @@ class ResNet(torchvision.models.ResNet):
         self.dim = width if pool else width * side * side
         he_init(self)
 
-    def forward(self, images):
+    def maps(self, images):
+        """The last map (B, C, h, w); what lies before it can be read off the stages."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(self.sobel(images)))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+    def forward(self, images):
+        x = self.maps(images)
         return x.mean((2, 3)) if self.pool else x.flatten(1)
 
 
@@ -941,19 +949,23 @@ def extract(net, loader, index, amp=False, then=None):
 
     then: applied to each batch as it comes (a projection, say), so that only its result is kept.
     """
-    was_training, parts = net.training, []
+    was_training, result, done = net.training, None, 0
     net.eval()
     for _, crops in loader.fixed(index):
         leave_if_asked()
         with torch.autocast(loader.device.type, torch.bfloat16, enabled=amp):
             features = net(crops[:, 0])
-        parts.append(features.float() if then is None else then(features.float()))
+        features = features.float() if then is None else then(features.float())
+        if result is None:  # all at once: a list of parts would leave holes of a batch's size between them
+            result = features.new_empty(len(index), features.shape[1])
+        result[done : done + len(features)] = features
+        done += len(features)
     net.train(was_training)
     loader.check_files()
-    if not parts:  # more processes than images
+    if result is None:  # more processes than images
         none = torch.zeros(0, net.dim, device=loader.device)
         return none if then is None else then(none)
-    return torch.cat(parts)
+    return result
 
 
 # --------------------------------------------------------------------------- faiss
@@ -1096,7 +1108,7 @@ def kmeans(x, k, iterations=20, gen=None):
         leave_if_asked()
         assign = nearest(x, centroids)[1][:, 0]
         sums = torch.zeros(k, x.shape[1], dtype=torch.float64, device=x.device)
-        for rows, ids in zip(x.split(4096), assign.split(4096), strict=True):
+        for rows, ids in zip(x.split(2048), assign.split(2048), strict=True):
             sums.index_add_(0, ids, rows.double())
         moved = (assign != before).sum() if before is not None else torch.tensor(n, device=x.device)
         counts = torch.cat([torch.bincount(assign, minlength=k), moved[None]])

@@ -251,7 +251,7 @@ def stage_maps(net, images, pools=None, amp=False):
     hooks = [module.register_forward_hook(keep(stage)) for stage, module in net.stages.items()]
     try:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-            net(images)
+            net.maps(images)
     finally:
         for hook in hooks:
             hook.remove()
