@@ -115,8 +115,7 @@ class Evil:
 def test_foreign_code_is_not_executed(tmp_path):
     """A pickle with a payload, raw, in torch's zip or in its old format: ValueError, and nothing happens."""
     path = tmp_path / "evil.pt"
-    torch.save({"config": {}, "x": Evil(tmp_path / "control")}, path)
-    torch.load(path, weights_only=False)
+    pickle.loads(pickle.dumps(Evil(tmp_path / "control")))
     assert (tmp_path / "control").is_dir(), "the payload must work where it is let in"
     trap = tmp_path / "trap"
     for write in (
