@@ -226,10 +226,9 @@ def networks(device, quick):
         data = synthetic(args.batch_size * (2 if quick else steps), channels, side, device)
         loader = common.Loader(data, args.batch_size, args.image_size, args.resize, device)
         body = deepcluster.make_body(args, channels)[1]
-        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         head = deepcluster.make_head(body.dim, args.k, 0)
         name = f"{arch}, {args.image_size} px, B={args.batch_size}"
-        yield name, args, loader, body.to(device, memory_format=layout), head.to(device)
+        yield name, args, loader, common.to_device(body, device), head.to(device)
 
 
 def bench_training(device, quick):

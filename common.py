@@ -145,13 +145,17 @@ def total(x):
     return x
 
 
-def gather(x):
-    """Concatenate x (n, ..) over the processes, whose n may differ; no gradient."""
+def gather(x, equal=False):
+    """Concatenate x (n, ..) over the processes, whose n may differ; no gradient.
+
+    equal: all bring as many rows (the parts of a batch), which saves asking how many.
+    """
     x = x.detach().contiguous()
     if not dist.is_initialized():
         return x
-    sizes = [None] * processes()
-    dist.all_gather_object(sizes, len(x))
+    sizes = [len(x)] * processes()
+    if not equal:
+        dist.all_gather_object(sizes, len(x))
     padded = x.new_zeros(max(sizes), *x.shape[1:])
     padded[: len(x)] = x
     parts = [torch.empty_like(padded) for _ in sizes]
@@ -170,6 +174,63 @@ def parallel(net):
         return net
     device = next(net.parameters()).device
     return nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
+
+
+def to_device(net, device):
+    """The network on the device, there in the memory layout that its convolutions like best."""
+    return net.to(
+        device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    )
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """Sum of x over the processes; its gradient is the sum of theirs, as every one used the result."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return total(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return total(gradient)
+
+
+class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the whole batch of all processes, on the CPU, where torch has none."""
+
+    def _check_input_dim(self, x):  # (B, C) or (B, C, h, w)
+        pass
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        var, mean = (m.double() for m in torch.var_mean(x, [0, *range(2, x.ndim)], correction=0))
+        moments = _SumOverProcesses.apply(torch.stack([mean, var + mean**2])) / processes()  # (2, C)
+        mean, var = moments[0], (moments[1] - moments[0] ** 2).clamp(min=0)
+        with torch.no_grad():
+            n = processes() * x[:, 0].numel()
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+            self.running_var.lerp_((var * n / max(1, n - 1)).to(self.running_var), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt().to(x)  # (C,)
+        shift = self.bias - mean.to(x) * scale
+        scale, shift = (m.view(1, -1, *[1] * (x.ndim - 2)) for m in (scale, shift))
+        return x * scale + shift
+
+
+def synchronise(net):
+    """Batch norm over the whole batch, not each process's part of it; equal parts are taken for granted.
+
+    With it, images that are alike for any number of processes give gradients that are, too.
+    """
+    if processes() == 1:
+        return net
+    if next(net.parameters()).is_cuda:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = _GlobalBatchNorm  # the same weights and buffers, another forward
+    return net
 
 
 def share_buffers(net):
@@ -206,22 +267,30 @@ def leave_if_asked():
         os._exit(128 + _signal)
 
 
-def heartbeat(loss):
-    """One small collective per step: (mean loss over the processes, signal number or 0).
+def heartbeat(loss, *others):
+    """One small collective per step: (mean loss over the processes, means of the others, signal number or 0).
 
-    loss: scalar tensor. Every process gets the same answer, so all stop together: with exit code 1
-    if any loss is NaN or infinite (before the optimiser has touched the weights).
+    loss, others: scalar tensors. Every process gets the same answer, so all stop together: with exit
+    code 1 if any loss is NaN or infinite (before the optimiser has touched the weights).
     """
-    beat = torch.zeros(processes(), 2, dtype=torch.float64)
-    beat[rank()] = torch.tensor([loss.item(), _signal or 0])
+    beat = torch.zeros(processes(), 2 + len(others), dtype=torch.float64)
+    values = torch.stack([x.detach().float() for x in (loss, *others)]).tolist()  # waits for the device
+    beat[rank()] = torch.tensor([*values, _signal or 0], dtype=torch.float64)
     beat = total(beat)
-    mean = beat[:, 0].mean().item()
-    if not math.isfinite(mean):
+    means = beat[:, :-1].mean(0).tolist()
+    if not math.isfinite(means[0]):
         refuse(
-            f"the loss is {mean}: stopped before the step, the checkpoint is as it was. Lower --lr?",
+            f"the loss is {means[0]}: stopped before the step, the checkpoint is as it was. Lower --lr?",
             1,
         )
-    return mean, int(beat[:, 1].max().item())
+    return *means, int(beat[:, -1].max().item())
+
+
+def stop(signal, save, where):
+    """Save and leave after a signal that heartbeat told of; all processes come here together."""
+    save()
+    say(f"stopped by signal {signal} after {where}; saved, the same command goes on")
+    leave(128 + signal)
 
 
 def generator(*key):
@@ -496,10 +565,10 @@ class Loader:
         """Whole batches in an epoch; the images left over wait for another epoch's order."""
         return len(self.data if order is None else order) // self.batch_size
 
-    def epoch(self, epoch, views, order=None, start=0):
+    def epoch(self, epoch, views, order=None, start=0, stop=None):
         """Yield (index (b,), [one (b, C, S, S) normalised float tensor per View]) for each step.
 
-        order: (M,) dataset positions to visit, default a shuffle of all; start: first step.
+        order: (M,) dataset positions to visit, default a shuffle of all; start, stop: steps start .. stop - 1.
         The random numbers of the whole batch are drawn on the CPU, then cut to this process's part:
         one row per image and view, whatever the number of processes or workers.
         """
@@ -513,7 +582,7 @@ class Loader:
             rows = [torch.rand(self.batch_size, RANDOM, generator=g)[first:last] for g in gens]
             return index, rows, [torch.randperm(4, generator=g).tolist() for g in gens]
 
-        steps = range(start, self.steps(order))
+        steps = range(start, self.steps(order) if stop is None else stop)
         if self.data.paths is None:
             for index, rows, turns in map(draw, steps):
                 raw = self.data.pixels[index.to(self.device)]
@@ -623,6 +692,9 @@ class View:
     ratio: tuple = (3 / 4, 4 / 3)  # width / height of the crop
     flip: float = 0.5
     pad: int = 0  # pixels; > 0: pad and crop at random instead of a resized crop (CIFAR)
+    square: float = (
+        0.0  # > 0: a random square with this share of the shorter side instead (AlexNet: 224 / 256)
+    )
     jitter: tuple = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
     jitter_p: float = 1.0
     grey: float = 0.0
@@ -653,6 +725,15 @@ def crop_boxes(random, height, width, area, ratio):
     return torch.stack([top, left, h, w], 1).long()
 
 
+def view_boxes(view, random, height, width):
+    """(b, 4) boxes of a view's crops of images without padding; random (b, RANDOM) on the CPU."""
+    if not view.square:
+        return crop_boxes(random[:, :22], height, width, view.area, view.ratio)
+    side = max(1, round(view.square * min(height, width)))
+    top, left = ((random[:, 20 + i] * (n - side + 1)).floor().long() for i, n in enumerate((height, width)))
+    return torch.stack([top, left, torch.full_like(top, side), torch.full_like(top, side)], 1)
+
+
 def crop_resize(images, boxes, flip, size):
     """Cut box i out of image i, resize it to size x size, mirror it where flip: (b, C, size, size).
 
@@ -681,7 +762,7 @@ def geometry(pixels, view, random, size):
         top, left = ((random[:, 20 + i] * (images.shape[2 + i] - size + 1)).floor().long() for i in (0, 1))
         boxes = torch.stack([top, left, torch.full_like(top, size), torch.full_like(top, size)], 1)
     else:
-        boxes = crop_boxes(random[:, :22], *images.shape[2:], view.area, view.ratio)
+        boxes = view_boxes(view, random, *images.shape[2:])
     return crop_resize(images, boxes.to(images.device), flip, size)
 
 
@@ -690,8 +771,7 @@ def _pil_geometry(image, view, random, size):
     if view.pad:
         x = geometry(_to_tensor(image)[None], view, random[None], size)[0]
         return (x * 255).round().to(torch.uint8)
-    boxes = crop_boxes(random[None, :22], image.height, image.width, view.area, view.ratio)
-    top, left, h, w = boxes[0].tolist()
+    top, left, h, w = view_boxes(view, random[None], image.height, image.width)[0].tolist()
     cut = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
     x = _to_tensor(cut)
     return x.flip(-1) if random[22] < view.flip else x
@@ -865,6 +945,17 @@ class ResNet(torchvision.models.ResNet):
         return x.mean((2, 3)) if self.pool else x.flatten(1)
 
 
+class Embedding(nn.Module):
+    """ReLU, a linear layer, unit length: features (B, D) -> (B, dim) float32."""
+
+    def __init__(self, features, dim):
+        super().__init__()
+        self.linear = nn.Linear(features, dim)
+
+    def forward(self, x):
+        return unit(self.linear(F.relu(x)).float())
+
+
 def he_init(net):
     """Convolutions N(0, sqrt(2 / (k*k*out))), linear layers N(0, 0.01), biases 0 [as DeepCluster's code]."""
     for m in net.modules():
@@ -890,11 +981,12 @@ def _convolutions(plan, cin):
     return modules, ends
 
 
-def backbone(arch, channels=3, size=224, sobel=False, dropout=0.5, pool=False):
+def backbone(arch, channels=3, size=224, sobel=False, dropout=0.5, pool=False, norm=False):
     """A network without its head: .dim features per image, .stages to probe.
 
     channels: of the images; sobel: filter them first; dropout: of the hidden linear layers;
-    pool: ResNets average the last map instead of flattening it.
+    pool: ResNets average the last map instead of flattening it; norm: batch norm before the ReLUs of
+    the hidden linear layers, too.
     """
     cin = 2 if sobel else channels
 
@@ -903,7 +995,11 @@ def backbone(arch, channels=3, size=224, sobel=False, dropout=0.5, pool=False):
 
         def make(flat):
             start, middle = [nn.Dropout(dropout)] * before, [nn.Dropout(dropout)] * between
-            return [*start, nn.Linear(flat, first), nn.ReLU(inplace=True), *middle, nn.Linear(first, second)]
+            relu, end = nn.ReLU(inplace=True), [nn.BatchNorm1d(second)] * norm
+            relu = (
+                nn.Sequential(nn.BatchNorm1d(first), relu) if norm else relu
+            )  # linear layers keep their names
+            return [*start, nn.Linear(flat, first), relu, *middle, nn.Linear(first, second), *end]
 
         return make
 
@@ -940,7 +1036,23 @@ def backbone(arch, channels=3, size=224, sobel=False, dropout=0.5, pool=False):
     else:
         refuse(f"--arch {arch} is unknown; choose one of {', '.join(ARCHS)}")
     stages = {f"conv{i + 1}": end for i, end in enumerate(ends)}
-    return PlainNet(modules, tail, stages, channels, size, sobel)
+    net = PlainNet(modules, tail, stages, channels, size, sobel)
+    net.norm = norm
+    return net
+
+
+@torch.no_grad()
+def fill_batch_norm(net, images):
+    """Batch-norm statistics of an untrained network from one batch of images; all processes do the same.
+
+    As it comes, batch norm does nothing: maps shrink or grow from stage to stage, and at a fixed
+    learning rate that alone costs linear probes points (86 instead of 96 % on the digits, lenet5 conv2).
+    """
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0  # keep nothing of the 0 and 1 that are there
+    net.train()
+    net(images)
 
 
 @torch.no_grad()
@@ -1181,13 +1293,26 @@ def label_scores(labels, assign):
 def knn_predict(queries, bank, labels, k=200, temperature=0.07, classes=None):
     """Class (n,) of each query by its k nearest rows of the bank, weighted exp(cosine / 0.07) [Wu et al.].
 
-    queries (n, D), bank (N, D), labels (N,) of the bank; k is cut to N.
+    queries (n, D), bank (N, D), labels (N,) of the bank; k is cut to N. Several k: a list of classes.
     """
-    labels = labels.to(queries.device)
-    similarity, ids = nearest(unit(queries), unit(bank), k, inner=True)
+    labels, ks = labels.to(queries.device), [k] if isinstance(k, int) else k
+    similarity, ids = nearest(unit(queries), unit(bank), max(ks), inner=True)
     weight = ((similarity - similarity[:, :1]) / temperature).exp()  # a common factor changes nothing
-    votes = weight.new_zeros(len(queries), classes or int(labels.max()) + 1)
-    return votes.scatter_add_(1, labels[ids], weight).argmax(1)
+    votes = [weight.new_zeros(len(queries), classes or int(labels.max()) + 1) for _ in ks]
+    votes = [v.scatter_add_(1, labels[ids[:, :j]], weight[:, :j]) for v, j in zip(votes, ks, strict=True)]
+    found = [v.argmax(1) for v in votes]
+    return found[0] if isinstance(k, int) else found
+
+
+def knn_accuracy(queries, target, bank, labels, classes, ks=(1, 200)):
+    """{"1": .., "200": ..}, the share of queries whose class knn_predict finds, over all processes.
+
+    queries (n, D) and target (n,) of this process; bank (N, D) and labels (N,) the same on all.
+    """
+    found = knn_predict(queries, bank, labels, ks, classes=classes)
+    right = [(p == target.to(p)).sum() for p in found]
+    *right, n = total(torch.stack([*right, torch.tensor(len(target)).to(queries.device)])).tolist()
+    return {str(k): r / n for k, r in zip(ks, right, strict=True)}
 
 
 def cluster_sizes(assign, k):
@@ -1418,8 +1543,12 @@ def load_checkpoint(folder):
     return None
 
 
-def save_backbone(path, net, arch, size, resize, sobel, data, method):
-    """backbone.pt: {"state_dict": torchvision's key names, "meta": how to build and feed the network}."""
+def save_backbone(path, net, arch, size, resize, sobel, data, method, embedding=None):
+    """backbone.pt: {"state_dict": torchvision's key names, "meta": how to build and feed the network}.
+
+    embedding: the linear layer that follows the ReLU of the network's features, if the method compares
+    images by what comes out of it; saved beside them, {"embedding": {"weight", "bias"}}.
+    """
     meta = {
         "arch": arch,
         "image_size": size,
@@ -1429,14 +1558,21 @@ def save_backbone(path, net, arch, size, resize, sobel, data, method):
         "data": data.name,
     }
     meta |= {"channels": data.channels, "mean": list(data.mean), "std": list(data.std)}
-    meta |= {"pool": getattr(net, "pool", False)}
+    meta |= {"pool": getattr(net, "pool", False), "norm": getattr(net, "norm", False)}
     if main_process():
-        weights = {k: v.detach().cpu().clone() for k, v in net.state_dict().items()}
-        return save_file(path, {"state_dict": weights, "meta": meta})
+        parts = {"state_dict": net} | ({"embedding": embedding} if embedding is not None else {})
+        saved = {
+            name: {k: v.detach().cpu().clone() for k, v in part.state_dict().items()}
+            for name, part in parts.items()
+        }
+        return save_file(path, {**saved, "meta": meta})
 
 
 def load_backbone(path):
-    """(network in evaluation mode, meta) from backbone.pt or a run folder; ValueError if it is neither."""
+    """(network in evaluation mode, meta) from backbone.pt or a run folder; ValueError if it is neither.
+
+    net.embedding: features (B, D) -> unit embeddings, where the method has them, else None.
+    """
     path = Path(path)
     path = path / "backbone.pt" if path.is_dir() else path
     try:
@@ -1450,10 +1586,14 @@ def load_backbone(path):
     if missing or meta["arch"] not in ARCHS:
         raise ValueError(f"{path}: its network cannot be rebuilt, meta lacks {missing or 'a known arch'}")
     shape = (meta["arch"], meta["channels"], meta["image_size"], meta["sobel"])
-    net = backbone(*shape, pool=meta.get("pool", False))
+    net = backbone(*shape, pool=meta.get("pool", False), norm=meta.get("norm", False))
     try:
         net.load_state_dict(saved["state_dict"])
-    except RuntimeError as error:
+        net.embedding = None
+        if "embedding" in saved:
+            net.embedding = Embedding(net.dim, len(saved["embedding"]["bias"]))
+            net.embedding.linear.load_state_dict(saved["embedding"])
+    except (RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: weights do not fit {meta['arch']} ({_short(error)})") from None
     return net.eval(), meta
 

@@ -89,6 +89,8 @@ from common import (
     setup,
     shard,
     share_buffers,
+    stop,
+    to_device,
     unit,
     whiten,
 )
@@ -418,7 +420,7 @@ def main():
     loader = Loader(data, args.batch_size, *size, device, args.workers, args.seed, args.max_bad)
     seed_all(args.seed, "weights")
     trunk, body = make_body(args, data.channels)
-    body.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
+    to_device(body, device)
     optimizer = torch.optim.SGD(body.parameters(), args.lr, args.momentum, weight_decay=args.wd, fused=True)
     trained = parallel(torch.compile(body) if args.compile else body)
 
@@ -533,13 +535,6 @@ def main():
     labelled = "" if data.labels is not None else " --data LABELLED"
     say(f"evaluate the features: python eval_linear.py {run.out}{labelled}")
     run.finish()
-
-
-def stop(signal, save, where):
-    """Save and leave after a signal; all processes come here together."""
-    save()
-    say(f"stopped by signal {signal} after {where}; saved, the same command goes on")
-    leave(128 + signal)
 
 
 def warn_if_trivial(sizes):

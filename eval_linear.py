@@ -61,10 +61,11 @@ from common import (
     backbone,
     default_resize,
     extract,
+    fill_batch_norm,
     gather,
     generator,
     heartbeat,
-    knn_predict,
+    knn_accuracy,
     leave,
     leave_if_asked,
     load_backbone,
@@ -78,6 +79,7 @@ from common import (
     seed_all,
     setup,
     shard,
+    to_device,
     total,
     unwritable,
     what_runs,
@@ -187,20 +189,6 @@ def labelled(name, root, device):
         say(f"{name} has no val/ or test/: {fifth} of its {len(train)} images are held out as test set")
         train, test = part(train, order[fifth:].sort()[0]), part(train, order[:fifth].sort()[0])
     return train, test
-
-
-@torch.no_grad()
-def fill_batch_norm(net, images):
-    """Batch-norm statistics of an untrained network from one batch of images; all processes do the same.
-
-    As it comes, batch norm does nothing: maps shrink or grow from stage to stage, and at a fixed
-    learning rate that alone costs the probes points (86 instead of 96 % on the digits, lenet5 conv2).
-    """
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0  # keep nothing of the 0 and 1 that are there
-    net.train()
-    net(images)
 
 
 def part(data, ids):
@@ -378,12 +366,8 @@ def nearest_neighbours(net, train_loader, test_loader, args):
     ids = [torch.arange(*shard(len(loader.data))) for loader in (train_loader, test_loader)]
     bank = gather(extract(net, train_loader, ids[0], args.amp))  # (N, D)
     queries = extract(net, test_loader, ids[1], args.amp)  # (n, D) of this process
-    labels, target = train_loader.data.labels, test_loader.data.labels[ids[1]].to(queries.device)
-    found = {}
-    for k in (1, 200):
-        predicted = knn_predict(queries, bank, labels, k, classes=len(train_loader.data.classes))
-        found[str(k)] = total((predicted == target).sum()).item() / len(test_loader.data)
-    return found
+    train, test = train_loader.data, test_loader.data
+    return knn_accuracy(queries, test.labels[ids[1]], bank, train.labels, len(train.classes))
 
 
 # --------------------------------------------------------------------------- main
@@ -408,7 +392,7 @@ def main(argv=None):
     wide = Loader(train_data, args.batch_size, args.resize if args.random_crop else size, *rest)
     centre = Loader(train_data, args.batch_size, size, *rest)
     test = Loader(test_data, args.batch_size, size, *rest)
-    net.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
+    to_device(net, device)
     if args.random and args.fill_batch_norm:
         fill_batch_norm(net, next(centre.fixed(fit[:256], batch_size=256))[1][:, 0])
     if hasattr(net, "pool"):
