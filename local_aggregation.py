@@ -93,7 +93,7 @@ RECIPES = {
     "imagenet-resnet50": {**IMAGENET, "arch": "resnet50", "clusterings": 10, "k": 30000, "epochs": 200, "lr_steps": [152, 189]},
     "cifar10": {**SMALL, "arch": "resnet18", "epochs": 200, "lr_steps": [160, 187]},
     "fashionmnist": {**SMALL, "arch": "lenet5", "epochs": 20, "lr_steps": [16, 19], "warm_up": 5, "colour": False},
-    "digits": {**SMALL, "arch": "lenet5", "epochs": 60, "lr_steps": [48, 57], "k": 30, "crop_area": 0.7, "flip": False, "colour": False},
+    "digits": {**SMALL, "arch": "lenet5", "epochs": 60, "lr_steps": [48, 57], "k": 30, "crop_area": 0.5, "flip": False, "colour": False},
 }  # fmt: skip
 RECIPES["imagenet"] = RECIPES["imagenet-resnet18"]
 RECIPES["mnist"] = {**RECIPES["fashionmnist"], "flip": False, "crop_area": 0.5}
