@@ -281,6 +281,7 @@ def bench_probes(device, quick):
     decays, b, n = [1e-3, 1e-4, 1e-5, 1e-6], 128, 128 if quick else 512
     loader = common.Loader(synthetic(n, 3, 32, device), b, 32, 32, device)
     options = {"batch_size": b, "seed": 0, "image_size": 32, "flip": True, "amp": False, "lr": 0.01}
+    options |= {"crops": "centre", "lr_steps": None}
     args, order, labels = argparse.Namespace(**options), torch.arange(n), loader.data.labels.to(device)
     net = common.backbone("alexnet-small", 3, 32, sobel=True).to(device).eval().requires_grad_(False)
     maps = eval_linear.stage_maps(net, torch.zeros(1, 3, 32, 32, device=device))

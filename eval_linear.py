@@ -1,8 +1,9 @@
 """Frozen-feature evaluation: a linear classifier on every stage of a network, ten crops, nearest neighbours.
 
 Linear probes as in Caron et al., Deep Clustering for Unsupervised Learning of Visual Features, ECCV
-2018, section 4.3 and released code; kNN as in Wu et al., Unsupervised Feature Learning via
-Non-Parametric Instance Discrimination, CVPR 2018.
+2018, section 4.3 and released code, or (--protocol la) as in Zhuang et al., Local Aggregation for
+Unsupervised Learning of Visual Embeddings, ICCV 2019, supplementary 2.1 and released code; kNN as in Wu et
+al., Unsupervised Feature Learning via Non-Parametric Instance Discrimination, CVPR 2018.
 
     each batch:  x_s = pool(output map of stage s)       (B, D_s)  frozen, evaluation mode, no gradient
                  logits_sw = linear_sw(x_s)              (B, K)    for every stage s and weight decay w
@@ -14,12 +15,15 @@ Symbols: B batch (--batch-size, over all processes), S stages, W weight decays (
     python eval_linear.py runs/deepcluster-digits                laptop: a run folder or a backbone.pt
     python eval_linear.py --random lenet5 --data digits          the untrained network to compare with
     python eval_linear.py runs/deepcluster-cifar10 --data svhn   on other data than it was trained on
+    python eval_linear.py RUN --protocol la                      whole maps, Local Aggregation's schedule
     torchrun --nproc_per_node=8 eval_linear.py runs/deepcluster-imagenet
 
-Images: the probe trains on centre crops up to 64 pixels, on larger images on random crops of the central
-square of --resize pixels (256, then 224: "AlexNet style"); half of them mirrored, but not digits, mnist
-and svhn, where mirror images are other classes. The network's own mean and deviation normalise them. Ten
-crops are tested where random crops were trained on. The table names the last and the best epoch.
+Images: the probe trains on what --crops says; by default on centre crops up to 64 pixels and on random
+crops of the central square of larger images, with --protocol la on AlexNet's or ResNet's crops. Half of
+them are mirrored, but not digits, mnist and svhn, where mirror images are other classes. The network's own
+mean and deviation normalise them. Ten crops are tested where random crops were trained on. kNN compares
+last features and, where the network was trained with one, its embedding: a bank made anew from centre crops,
+on any data set.
 
 What to expect: the second line, 15 seconds on one core: conv1 96.4, conv2 96.1, kNN 94.4 with K=1.
 
@@ -39,6 +43,8 @@ Departs from the paper and its code, on purpose:
  9. The small sets have 20 epochs [Deep Dive 3.3], on every stage instead of the topmost alone.
 10. On CUDA the frozen network runs in bf16 autocast (--no-amp), the classifiers in float32.
 11. An evaluation is not resumed: interrupted, it writes nothing; run again, it overwrites its JSON.
+12. --protocol la trains on all training images for a schedule that is told beforehand, so nothing is chosen;
+    classifiers start at zero (the code: scaled normal); networks that are not in its paper have ResNet's schedule.
 """
 
 import argparse
@@ -57,6 +63,7 @@ from common import (
     ARCHS,
     DATASETS,
     Loader,
+    View,
     agree,
     backbone,
     default_resize,
@@ -99,6 +106,19 @@ RECIPES = {
 RECIPES["mnist"] = RECIPES["digits"]
 RECIPES["cifar100-20"] = RECIPES["stl10"] = {**RECIPES["cifar10"], "resize": 32}
 
+PROTOCOLS = {  # for all data; "la": Local Aggregation, supplementary 2.1 and code
+    "deepcluster": {"batch_size": 256, "wd": [1e-3, 1e-4, 1e-5, 1e-6], "held_out": 0.1, "lr_steps": None},
+    "la": {"batch_size": 128, "wd": [1e-4], "held_out": 0.0, "epochs": 70, "lr_steps": [30, 60], "crops": "resnet"},
+}  # fmt: skip
+PROTOCOLS["la-vgg16"] = {**PROTOCOLS["la"], "epochs": 51, "lr_steps": [11, 41]}
+PROTOCOLS["la-alexnet"] = {
+    **PROTOCOLS["la"],
+    "epochs": 65,
+    "lr_steps": [45, 55],
+    "wd": [0.0],
+    "crops": "alexnet",
+}
+
 
 def options(argv=None):
     """The flags that were given and those with a fixed default; the recipe fills in the rest (main)."""
@@ -112,10 +132,10 @@ def options(argv=None):
     g = p.add_argument_group("shared by all scripts")
     g.add_argument("--data", default=later, help=f"{', '.join(DATASETS)}, or a folder with labels; default: what the network was trained on, digits with --random")
     g.add_argument("--root", default="data", help="where named data sets lie or are downloaded to")
-    g.add_argument("--epochs", type=int, default=later, help="passes over the training images; default: 90 for folders [DeepCluster], 20 for named sets [Deep Dive 3.3]")
-    g.add_argument("--batch-size", type=int, default=256, help="images per step, over all processes [DeepCluster, code]")
-    g.add_argument("--lr", type=float, default=0.01, help="learning rate at the start; falls as lr / sqrt(1 + lr wd t), t the step [DeepCluster, code]")
-    g.add_argument("--wd", type=float, nargs="+", default=[1e-3, 1e-4, 1e-5, 1e-6], help="weight decays to choose from, for each stage its own [DeepCluster 4.3: cross-validated; the grid is ours]")
+    g.add_argument("--epochs", type=int, default=later, help="passes over the training images; default: 90 for folders [DeepCluster], 20 for named sets [Deep Dive 3.3]; la: 65 for alexnet, 51 for vgg16, else 70")
+    g.add_argument("--batch-size", type=int, default=later, help="images per step, over all processes; default: 256 [DeepCluster, code], la: 128")
+    g.add_argument("--lr", type=float, default=0.01, help="learning rate at the start; falls as lr / sqrt(1 + lr wd t), t the step [DeepCluster, code]; la: in --lr-steps")
+    g.add_argument("--wd", type=float, nargs="+", default=later, help="weight decays to choose from, for each stage its own; default: 1e-3 1e-4 1e-5 1e-6 [DeepCluster 4.3: cross-validated; the grid is ours]; la: 1e-4, alexnet 0")
     g.add_argument("--image-size", type=int, default=later, help="side of the square the network sees, in pixels; only with --random; default: 224 for folders, 32 for named sets")
     g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode files, for each evaluating process; not used for data in memory")
     g.add_argument("--seed", type=int, default=0, help="decides every random number")
@@ -125,17 +145,18 @@ def options(argv=None):
     g.add_argument("--max-bad", type=int, default=100, help="unreadable image files to put up with")
     g.add_argument("--resize", type=int, default=later, help="shorter side before cropping, in pixels; default: what the run used, else 256 for 224, no enlargement up to 64")
     g = p.add_argument_group("evaluation")
+    g.add_argument("--protocol", choices=["deepcluster", "la"], default="deepcluster", help="la: full maps, averaged by 2 or 4 if above 200,000 features, its schedule and crops [Local Aggregation]")
+    g.add_argument("--lr-steps", type=int, nargs="*", default=later, help="epochs after which the learning rate is divided by ten, instead of falling with every step; default with la: 30 60, alexnet 45 55, vgg16 11 41")
     g.add_argument("--random", metavar="ARCH", choices=ARCHS, help=f"evaluate an untrained network: {', '.join(ARCHS)}; its weights are those a run with this --seed starts from")
     g.add_argument("--sobel", action=yes_no, default=later, help="with --random: filter images by Sobel's operator; default: as deepcluster.py for this data")
     g.add_argument("--fill-batch-norm", action=yes_no, default=True, help="with --random: batch-norm statistics from 256 training images, not 0 and 1")
-    g.add_argument("--held-out", type=float, default=0.1, help="share of the training images, 0..1, that choose weight decay and best epoch")
+    g.add_argument("--held-out", type=float, default=later, help="share of the training images, 0..1, that choose weight decay and best epoch; 0: none, one weight decay; default: 0.1, la: 0")
     g.add_argument("--flip", action=yes_no, default=later, help="mirror half of the training images; default: on, off for digits, mnist and svhn")
-    g.add_argument("--random-crop", action=yes_no, default=later, help="train on random crops of the central square instead of centre crops; default: on above 64 pixels")
-    g.add_argument("--ten-crops", action=yes_no, default=later, help="test on the corners, the centre and their mirror images as well; default: as --random-crop, for a classifier that saw centre crops alone fails on corners")
-    g.add_argument("--knn", action=yes_no, default=True, help="nearest neighbours, K = 1 and weighted 200; keeps all training features on every process")
+    g.add_argument("--crops", choices=["centre", "central", "alexnet", "resnet"], default=later, help="training crops: the centre; anywhere in the central square of --resize pixels [DeepCluster, code]; anywhere in the image resized to --resize (Places, AlexNet), or area 0.2 to 1 and ratio 3/4 to 4/3 [Local Aggregation]; default: central above 64 pixels; la: alexnet for alexnet and where --data has places in its name, else resnet")
+    g.add_argument("--ten-crops", action=yes_no, default=later, help="test on the corners, the centre and their mirror images as well; default: off where --crops is centre, for a classifier that saw centre crops alone fails on corners")
+    g.add_argument("--knn", action=yes_no, default=True, help="nearest neighbours, K = 1 and weighted 200, in a bank of centre crops of the training images; keeps their features on every process")
     # fmt: on
     args = p.parse_args(argv)
-    args.wd = list(dict.fromkeys(args.wd))
     if (args.run is None) == (args.random is None):
         p.error("give either a run folder or backbone.pt to evaluate, or --random ARCH")
     if args.run and ("image_size" in args or "sobel" in args):
@@ -145,10 +166,10 @@ def options(argv=None):
             p.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.workers < 0 or args.max_bad < 0:
         p.error("--workers and --max-bad must be at least 0")
-    if not (0 < args.lr < math.inf and all(0 <= wd < math.inf for wd in args.wd)):
+    if not (0 < args.lr < math.inf and all(0 <= wd < math.inf for wd in vars(args).get("wd", []))):
         p.error("--lr must be above 0, --wd at least 0")
-    if not 0 < args.held_out < 1:
-        p.error("--held-out must lie between 0 and 1")
+    if not 0 <= vars(args).get("held_out", 0) < 1:
+        p.error("--held-out must lie in 0..1 (1 excluded)")
     return args
 
 
@@ -213,8 +234,16 @@ ALEXNET_POOLS = {  # kernel = stride, padding: 9600, 9216, 9600, 9600, 9216 feat
 }  # fmt: skip
 
 
-def pool_for(arch, size, stage, channels, side):
-    """The pooling that leaves 9 to 10 thousand features of a stage's map (B, channels, side, side)."""
+def pool_for(arch, size, stage, channels, side, protocol="deepcluster"):
+    """The pooling of a stage's map (B, channels, side, side) before its classifier.
+
+    deepcluster: to 9 or 10 thousand features. la: none up to 200,000 features, else average pooling by 2,
+    by 4 if that leaves more than 200,000 [code].
+    """
+    if protocol == "la":
+        features = channels * side**2
+        kernel = 1 + (features > 200_000) + 2 * (features / 4 > 200_000)  # 1, 2 or 4
+        return nn.AvgPool2d(kernel, ceil_mode=True)
     if arch == "alexnet" and size == 224:
         kernel, padding = ALEXNET_POOLS[stage]
         return nn.AvgPool2d(kernel, kernel, padding)
@@ -285,6 +314,11 @@ def decayed_lr(lr, wd, t):
     return lr / math.sqrt(1 + lr * wd * t)
 
 
+def stepped_lr(lr, epoch, steps):
+    """lr divided by ten at each of the epochs `steps`; epoch: those done, 0, 1, .. [Local Aggregation, code]."""
+    return lr * 0.1 ** sum(epoch >= s for s in steps)
+
+
 def crop_and_flip(images, size, random, flip):
     """A size x size crop of each image (B, C, H, W), at random, mirrored with probability flip.
 
@@ -318,20 +352,34 @@ def choose(held_out):
 # --------------------------------------------------------------------------- one epoch
 
 
-def train(net, pools, probes, optimizer, loader, order, epoch, args):
-    """One epoch of all classifiers over the positions `order`; mean loss of a classifier."""
-    steps, (first, last), loss_sum = len(order) // args.batch_size, shard(args.batch_size), 0.0
+def batches(loader, order, epoch, args):
+    """Yield (index (b,), images (b, C, S, S)) of an epoch over the positions `order`, cropped as --crops says."""
+    if args.crops in ("alexnet", "resnet"):
+        square = args.image_size / args.resize if args.crops == "alexnet" else 0.0
+        view = View((0.2, 1.0), flip=0.5 * args.flip, square=square)
+        yield from ((index, images) for index, (images,) in loader.epoch(epoch, [view], order))
+        return
+    steps, (first, last) = len(order) // args.batch_size, shard(args.batch_size)
     mine = order[: steps * args.batch_size].view(steps, -1)[:, first:last].flatten()
-    batches = enumerate(loader.fixed(mine, batch_size=last - first))
-    for step, (index, crops) in progress(batches, steps, f"epoch {epoch + 1}"):
+    for step, (index, crops) in enumerate(loader.fixed(mine, batch_size=last - first)):
         random = torch.rand(args.batch_size, 3, generator=generator(args.seed, epoch, step, "crop"))
         random = random[first:last].to(crops.device)  # (b, 3)
-        images = crop_and_flip(crops[:, 0], args.image_size, random, 0.5 * args.flip)
+        yield index, crop_and_flip(crops[:, 0], args.image_size, random, 0.5 * args.flip)
+    loader.check_files()
+
+
+def train(net, pools, probes, optimizer, loader, order, epoch, args):
+    """One epoch of all classifiers over the positions `order`; mean loss of a classifier."""
+    steps, loss_sum = len(order) // args.batch_size, 0.0
+    walk = enumerate(batches(loader, order, epoch, args))
+    for step, (index, images) in progress(walk, steps, f"epoch {epoch + 1}"):
         target = loader.data.labels[index].to(images.device)  # (b,)
         logits = probes(stage_maps(net, images, pools, args.amp))  # (S, W, b, K)
         loss = probe_loss(logits, target)
         for group in optimizer.param_groups:
             group["lr"] = decayed_lr(args.lr, group["weight_decay"], epoch * steps + step)
+            if args.lr_steps is not None:
+                group["lr"] = stepped_lr(args.lr, epoch, args.lr_steps)
         optimizer.zero_grad()
         loss.backward()
         mean, signal = heartbeat(loss)
@@ -340,7 +388,6 @@ def train(net, pools, probes, optimizer, loader, order, epoch, args):
             leave(128 + signal)
         optimizer.step()
         loss_sum += mean
-    loader.check_files()
     return loss_sum / steps / logits.shape[:2].numel()
 
 
@@ -361,13 +408,21 @@ def accuracies(net, pools, probes, loader, ids, args, ten=False):
     return total(right).cpu() / len(ids)
 
 
+@torch.no_grad()
 def nearest_neighbours(net, train_loader, test_loader, args):
-    """{"1": accuracy, "200": accuracy} of the test images by their nearest training images."""
-    ids = [torch.arange(*shard(len(loader.data))) for loader in (train_loader, test_loader)]
-    bank = gather(extract(net, train_loader, ids[0], args.amp))  # (N, D)
-    queries = extract(net, test_loader, ids[1], args.amp)  # (n, D) of this process
+    """{"last feature" and, where there is one, "embedding": {"1": accuracy, "200": accuracy}} of the test images."""
     train, test = train_loader.data, test_loader.data
-    return knn_accuracy(queries, test.labels[ids[1]], bank, train.labels, len(train.classes))
+    mine, asked = (torch.arange(*shard(len(data))) for data in (train, test))
+    bank = extract(net, train_loader, mine, args.amp)  # (n, D) of this process
+    queries = extract(net, test_loader, asked, args.amp)
+    spaces = {"last feature": nn.Identity()}
+    if getattr(net, "embedding", None):
+        spaces["embedding"] = net.embedding
+    labels = (train.labels, len(train.classes))
+    return {
+        name: knn_accuracy(embed(queries), test.labels[asked], gather(embed(bank)), *labels)
+        for name, embed in spaces.items()
+    }
 
 
 # --------------------------------------------------------------------------- main
@@ -381,7 +436,7 @@ def main(argv=None):
     train_data, test_data = as_trained(train_data, meta), as_trained(test_data, meta)
     size, everything = args.image_size, torch.arange(len(test_data))
     order = torch.randperm(len(train_data), generator=generator(args.seed, "held out"))
-    count = max(1, round(args.held_out * len(order)))
+    count = max(1, round(args.held_out * len(order))) if args.held_out else 0
     held, fit = order[:count], order[count:]
     say(f"data: {args.data}, {len(fit)} training, {count} held-out and {len(test_data)} test images")
     origin = f"{meta['method']} on {meta['data']}" if args.run else "untrained"
@@ -389,7 +444,7 @@ def main(argv=None):
     check(args, len(fit))
 
     rest = (args.resize, device, args.workers, args.seed, args.max_bad)
-    wide = Loader(train_data, args.batch_size, args.resize if args.random_crop else size, *rest)
+    wide = Loader(train_data, args.batch_size, args.resize if args.crops == "central" else size, *rest)
     centre = Loader(train_data, args.batch_size, size, *rest)
     test = Loader(test_data, args.batch_size, size, *rest)
     to_device(net, device)
@@ -399,7 +454,9 @@ def main(argv=None):
         net.pool = True  # ResNets: 512 or 2048 features for kNN, not the 100,352 of a whole map
     net.eval().requires_grad_(False)
     maps = stage_maps(net, torch.zeros(1, meta["channels"], size, size, device=device))
-    pools = {stage: pool_for(args.arch, size, stage, *x.shape[1:3]) for stage, x in maps.items()}
+    pools = {
+        stage: pool_for(args.arch, size, stage, *x.shape[1:3], args.protocol) for stage, x in maps.items()
+    }
     features = {stage: pools[stage](x).numel() for stage, x in maps.items()}  # {stage: D}
     probes = Probes(features, args.wd, len(train_data.classes)).to(device)
     optimizer = torch.optim.SGD(probes.groups(args.wd), args.lr, momentum=0.9)
@@ -409,14 +466,17 @@ def main(argv=None):
         start = time.time()
         order = fit[torch.randperm(len(fit), generator=generator(args.seed, epoch, "order"))]
         losses.append(train(net, pools, trained, optimizer, wide, order, epoch, args))
-        held_out.append(accuracies(net, pools, probes, centre, held, args))
-        on_test.append(accuracies(net, pools, probes, test, everything, args))
-        best = "  ".join(f"{s} {100 * a:.1f}" for s, a in zip(maps, held_out[-1].amax(1), strict=True))
-        line = f"epoch {epoch + 1:3d}/{args.epochs}  loss {losses[-1]:.3f}  held-out %: {best}"
+        line = f"epoch {epoch + 1:3d}/{args.epochs}  loss {losses[-1]:.3f}"
+        if count:
+            held_out.append(accuracies(net, pools, probes, centre, held, args))
+            best = zip(maps, held_out[-1].amax(1), strict=True)
+            line += "  held-out %: " + "  ".join(f"{s} {100 * a:.1f}" for s, a in best)
+        if count or epoch + 1 == args.epochs:
+            on_test.append(accuracies(net, pools, probes, test, everything, args))
         say(f"{line}  {time.time() - start:.1f} s")
     probed = time.time()
     ten = accuracies(net, pools, probes, test, everything, args, ten=True) if args.ten_crops else None
-    stages = summary(features, args.wd, torch.stack(held_out), torch.stack(on_test), ten)
+    stages = summary(features, args.wd, torch.stack(held_out) if count else None, torch.stack(on_test), ten)
     knn = nearest_neighbours(net, centre, test, args) if args.knn else None
     table(stages, knn)
 
@@ -432,7 +492,8 @@ def main(argv=None):
         "seconds": {"probes": probed - began, "ten_crops_and_knn": time.time() - probed},
         "bad_files": len(wide.bad | centre.bad) + len(test.bad),
     }
-    path = Path(args.out) / f"eval_linear-{base(args.data)}.json"
+    name = f"eval_linear-{base(args.data)}" + f"-{args.protocol}" * (args.protocol != "deepcluster")
+    path = Path(args.out) / f"{name}.json"
     agree(write(path, result) if main_process() else None)
     say(f"{path}, {time.time() - began:.0f} s")
     leave()
@@ -449,20 +510,27 @@ def resolve(args, meta, data, device):
     where = Path(args.run or f"runs/eval-random-{args.random}-{base(data)}")
     network = {"data": data, "arch": meta["arch"], "sobel": meta["sobel"], "image_size": size}
     network |= {"resize": meta.get("resize") or default_resize(size)}
-    network |= {"random_crop": vars(args).get("random_crop", size > 64)}
-    network |= {
-        "ten_crops": network["random_crop"],
+    protocol = PROTOCOLS.get(f"{args.protocol}-{meta['arch']}", PROTOCOLS[args.protocol])
+    protocol = {"crops": "central" if size > 64 else "centre", **protocol}
+    if args.protocol == "la" and "places" in base(data).lower():
+        protocol["crops"] = "alexnet"
+    recipe = RECIPES.get(data, RECIPES["imagenet"])
+    resolved = argparse.Namespace(**{**recipe, **network, **protocol, **vars(args)})
+    resolved.wd = list(dict.fromkeys(resolved.wd))
+    rest = {
+        "ten_crops": resolved.crops != "centre",
         "amp": device.type == "cuda",
         "out": str(where.parent if where.is_file() else where),
     }
-    recipe = RECIPES.get(data, RECIPES["imagenet"])
-    return argparse.Namespace(**{**recipe, **network, **vars(args)})
+    return argparse.Namespace(**{**rest, **vars(resolved)})
 
 
 def check(args, images):
     """Refuse what can only be judged with the data at hand."""
     if args.batch_size > images:
         refuse(f"--batch-size {args.batch_size} is more than the {images} images that are left to train on")
+    if not args.held_out and len(args.wd) > 1:
+        refuse("--held-out 0 leaves nothing to choose a weight decay by: give one --wd")
     if args.resize < args.image_size:
         refuse(f"--resize {args.resize} is smaller than the {args.image_size} pixels that the network sees")
     agree(unwritable(args.out) if main_process() else None)
@@ -479,37 +547,56 @@ def write(path, result):
 
 
 def summary(features, decays, held_out, on_test, ten):
-    """{stage: what was chosen and what it gives}; held_out, on_test (epochs, S, W), ten (S, W) or None."""
+    """{stage: what was chosen and what it gives}.
+
+    held_out, on_test (epochs, S, W), ten (S, W) or None; without held-out images (None) there is one weight
+    decay, on_test holds the last epoch alone, and nothing is best.
+    """
+    chosen = choose(held_out) if held_out is not None else torch.zeros(2, len(features), dtype=torch.int64)
     stages = {}
-    for s, (w, e) in enumerate(zip(*(x.tolist() for x in choose(held_out)), strict=True)):
-        stages[list(features)[s]] = {
+    for s, (w, e) in enumerate(zip(*(x.tolist() for x in chosen), strict=True)):
+        found = {
             "features": list(features.values())[s],
             "wd": decays[w],
-            "held_out_last": held_out[-1, s, w].item(),
             "test_last": on_test[-1, s, w].item(),
-            "best_epoch": e + 1,  # by held-out accuracy
-            "held_out_best": held_out[e, s, w].item(),
-            "test_best": on_test[e, s, w].item(),
             "ten_crops_last": None if ten is None else ten[s, w].item(),
-            "by_wd": {
-                str(wd): {"held_out": held_out[:, s, i].tolist(), "test": on_test[:, s, i].tolist()}
-                for i, wd in enumerate(decays)
-            },
         }
+        if held_out is not None:
+            found |= {
+                "held_out_last": held_out[-1, s, w].item(),
+                "best_epoch": e + 1,  # by held-out accuracy
+                "held_out_best": held_out[e, s, w].item(),
+                "test_best": on_test[e, s, w].item(),
+                "by_wd": {
+                    str(wd): {"held_out": held_out[:, s, i].tolist(), "test": on_test[:, s, i].tolist()}
+                    for i, wd in enumerate(decays)
+                },
+            }
+        stages[list(features)[s]] = found
     return stages
 
 
 def table(stages, knn):
     """Print the results, accuracies in per cent."""
-    say(f"\n{'stage':8}{'features':>9}{'wd':>8}{'held-out':>10}{'test last':>11}{'test best':>11}"
-        f"{'(epoch)':>9}{'ten crops':>11}")  # fmt: skip
+    titles = (
+        "stage",
+        "features",
+        "wd",
+        "held-out",
+        "test last",
+        "test at best held-out",
+        "(epoch)",
+        "ten crops",
+    )
+    line = "{:8}{:>9}{:>8}{:>10}{:>11}{:>23}{:>9}{:>11}".format
+    say("\n" + line(*titles))
     for stage, r in stages.items():
-        ten = "-" if r["ten_crops_last"] is None else f"{100 * r['ten_crops_last']:.2f}"
-        say(f"{stage:8}{r['features']:9d}{r['wd']:8.0e}{100 * r['held_out_last']:10.2f}"
-            f"{100 * r['test_last']:11.2f}{100 * r['test_best']:11.2f}{r['best_epoch']:9d}{ten:>11}")  # fmt: skip
-    say("held-out and ten crops: last epoch; best: the epoch with the best held-out accuracy")
-    if knn:
-        say(f"kNN of the last feature: {100 * knn['1']:.2f} with K=1, {100 * knn['200']:.2f} with K=200")
+        names = ("held_out_last", "test_last", "test_best", "ten_crops_last")
+        held, last, best, ten = ("-" if r.get(n) is None else f"{100 * r[n]:.2f}" for n in names)
+        say(line(stage, r["features"], f"{r['wd']:.0e}", held, last, best, r.get("best_epoch", "-"), ten))
+    say("held-out and ten crops: last epoch")
+    for space, found in (knn or {}).items():
+        say(f"kNN of the {space}: {100 * found['1']:.2f} with K=1, {100 * found['200']:.2f} with K=200")
 
 
 if __name__ == "__main__":

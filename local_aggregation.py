@@ -149,9 +149,9 @@ def options(argv=None):
     # fmt: on
     # What the other defaults hang on is looked at first, so that --help shows the values that would run.
     peek = argparse.ArgumentParser(add_help=False)
-    for flag, default in (("--data", default_data()), ("--arch", None), ("--recipe", None), ("--loss", "la")):
-        peek.add_argument(flag, default=default)
-    peek.add_argument("--image-size", type=int)
+    known = {"--data": default_data(), "--arch": None, "--recipe": None, "--loss": "la", "--image-size": None}
+    for flag, default in known.items():
+        peek.add_argument(flag, default=default, type=int if flag == "--image-size" else str)
     first = peek.parse_known_args(argv)[0]
     base = first.data if first.data in RECIPES else "imagenet"
     recipe = first.recipe if first.recipe in RECIPES else base

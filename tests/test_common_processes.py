@@ -1,7 +1,11 @@
 """common.py, processes: the verbs mean the same on one, two and three processes."""
 
+import copy
+
 import numpy as np
+import pytest
 import torch
+from torch import nn
 
 import common
 
@@ -52,10 +56,46 @@ common.leave()
         assert max(map(len, owned)) - min(map(len, owned)) <= 1
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_gather_of_equal_parts_does_not_ask_for_sizes(world, launch):
+    """equal=True: the same rows in rank order, dtypes kept, one row or none, without exchanging sizes."""
+    run = launch(
+        SETUP
+        + """
+parts = [
+    torch.arange(8).view(4, 2) + 100 * r,
+    torch.arange(6, dtype=torch.float32).view(2, 3).T / 7 + r,  # not contiguous
+    torch.full((1, 5), r + 0.5, dtype=torch.float64).requires_grad_(),
+    torch.tensor([r]),
+    torch.zeros(0, 2, dtype=torch.int32),
+]
+plain = [common.gather(x) for x in parts]
+common.dist.all_gather_object = None  # asking how many would fail from here on
+torch.save([plain, [common.gather(x, equal=True) for x in parts]], f"got.{r}")
+common.leave()
+""",
+        world=world,
+    )
+    assert run.codes == [0] * world, run.err
+    ranks = range(world)
+    want = [
+        torch.cat([torch.arange(8).view(4, 2) + 100 * r for r in ranks]),
+        torch.cat([torch.arange(6.0).view(2, 3).T / 7 + r for r in ranks]),
+        torch.tensor([[r + 0.5] * 5 for r in ranks], dtype=torch.float64),
+        torch.arange(world),
+        torch.zeros(0, 2, dtype=torch.int32),
+    ]
+    for r in ranks:
+        plain, equal = torch.load(run.path / f"got.{r}")
+        for x, a, b in zip(want, plain, equal, strict=True):
+            assert a.dtype == b.dtype == x.dtype and torch.equal(a, x) and torch.equal(b, x)
+            assert not a.requires_grad and not b.requires_grad
+
+
 def test_verbs_do_nothing_on_one_process():
     """Without torchrun: the same values, no gradient, this process owns everything."""
     x = torch.arange(6.0).view(3, 2).requires_grad_()
-    for verb in (common.gather, common.total):
+    for verb in (common.gather, common.total, lambda y: common.gather(y, equal=True)):
         assert torch.equal(verb(x), x) and not verb(x).requires_grad
     assert common.total(x).data_ptr() != x.data_ptr()
     assert common.shard(7) == (0, 7) and common.main_process() and common.processes() == 1
@@ -120,6 +160,47 @@ common.leave()
         assert text == "[[2.0, 0], [0.5, 15]]", text
 
 
+def test_heartbeat_means_of_others(launch):
+    """Loss first, then the mean of every other value in its place, the signal last; NaN among them goes on."""
+    run = launch(
+        SETUP
+        + """
+import os, signal
+one = torch.tensor(1.0 + 2 * r, requires_grad=True)
+count, half = torch.tensor(3 * r), torch.tensor(r / 2, dtype=torch.bfloat16)
+first = common.heartbeat(one, count, half, torch.tensor(-4.0, dtype=torch.float64))
+if r == 0:
+    os.kill(os.getpid(), signal.SIGINT)
+odd = [torch.tensor(x if r == 1 else 5.0) for x in (float("nan"), 7.0, float("inf"))]
+second = common.heartbeat(torch.tensor(0.5), *odd)
+print(json.dumps([first, second]))
+common.leave()
+"""
+    )
+    assert run.codes == [0, 0], run.err
+    want = "[[2.0, 1.5, 0.25, -4.0, 0], [0.5, NaN, 6.0, Infinity, 2]]\n"
+    assert run.out == [want, want]
+
+
+def test_heartbeat_on_one_process():
+    """The values themselves and no signal; one line and exit code 1 only if the loss is NaN."""
+    assert common.heartbeat(torch.tensor(1.5)) == (1.5, 0)
+    assert common.heartbeat(torch.tensor(1.5), torch.tensor(3), torch.tensor(-2.0)) == (1.5, 3, -2, 0)
+    loss, nothing, signal = common.heartbeat(torch.tensor(1.5), torch.tensor(float("nan")))
+    assert (loss, signal) == (1.5, 0) and nothing != nothing
+    with pytest.raises(SystemExit) as end:
+        common.heartbeat(torch.tensor(float("nan")), torch.tensor(1.0))
+    assert end.value.code == 1
+
+
+def test_stop_saves_and_leaves_together(launch):
+    """All processes save, one tells where it stopped, exit code 128 + the signal."""
+    run = launch(SETUP + "common.stop(15, lambda: print('saved', flush=True), 'step 7')\nprint('went on')")
+    assert run.codes == [143, 143], run.err
+    (saved, line), other = lines(run.out[0]), lines(run.out[1])
+    assert saved == "saved" and "signal 15" in line and "step 7" in line and other == ["saved"]
+
+
 def test_a_signal_ends_phases_without_news(launch):
     """leave_if_asked: nothing without a signal; after SIGTERM one line and exit code 128 + 15."""
     ask = "import os, signal\ncommon.leave_if_asked()\nos.kill(os.getpid(), signal.SIGTERM)\n"
@@ -132,10 +213,9 @@ def test_a_signal_ends_phases_without_news(launch):
 
 def test_nan_on_one_process_stops_all(launch):
     """NaN or infinity on one process: all leave with exit code 1, one line in all, nobody hangs."""
-    for value in ("nan", "inf"):
-        run = launch(
-            SETUP + f"common.heartbeat(torch.tensor(float('{value}') if r == 1 else 1.0))\nprint('went on')"
-        )
+    for value, others in (("nan", ""), ("inf", ""), ("nan", ", torch.tensor(1.0), torch.tensor(2.0)")):
+        loss = f"torch.tensor(float('{value}') if r == 1 else 1.0)"
+        run = launch(SETUP + f"common.heartbeat({loss}{others})\nprint('went on')")
         assert run.codes == [1, 1], (value, run.codes, run.err)
         assert len(lines("".join(run.err))) == 1 and value in run.err[0] and "".join(run.out) == ""
 
@@ -204,3 +284,203 @@ common.leave()
     assert run.codes == [0, 0], run.err
     (buffers, weights, dropout), other = (out.splitlines() for out in run.out)
     assert buffers == "[1.0, 1.0, 1.0] 5" and [buffers, weights] == other[:2] and dropout != other[2]
+
+
+# --------------------------------------------------------------------------- batch norm over all processes
+
+# Networks in which every batch norm has its own weights, eps and momentum, and batches whose rows differ so
+# much that the statistics of a part are far from those of the whole. `train` runs on one process and on
+# several: two steps' outputs, gradients and buffers.
+NETWORKS = """
+from torch import nn
+
+def randomise(net):
+    for m in net.modules():
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            for x in (m.weight, m.bias, m.running_mean, m.running_var):
+                nn.init.uniform_(x, 0.5, 2.0)
+    return net
+
+def two_dimensional():
+    stem = [nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, eps=0.02, momentum=0.3), nn.Softplus()]
+    return randomise(nn.Sequential(*stem, nn.Conv2d(4, 5, 2), nn.BatchNorm2d(5), nn.Flatten()))
+
+def both():
+    stem = [nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Softplus(), nn.Flatten(), nn.Linear(64, 6)]
+    return randomise(nn.Sequential(*stem, nn.BatchNorm1d(6, eps=0.05, momentum=0.2), nn.Softplus(), nn.Linear(6, 5)))
+
+def maps(n):
+    return torch.randn(n, 3, 6, 6) * torch.linspace(0.3, 2, n).view(n, 1, 1, 1) + torch.linspace(-1, 2, n).view(n, 1, 1, 1)
+
+def rows_only():
+    return randomise(nn.Sequential(nn.Linear(7, 6), nn.BatchNorm1d(6, eps=0.1), nn.Softplus(), nn.Linear(6, 5)))
+
+def rows(n):
+    return torch.randn(n, 7) + torch.linspace(-1, 2, n)[:, None]
+
+def train(net, wrapped, batches, part):
+    first, last, steps = *part, []
+    for x, y in batches:
+        x, y = x[first:last].clone().requires_grad_(), y[first:last]
+        out = wrapped(x)
+        net.zero_grad()
+        nn.functional.cross_entropy(out, y).backward()
+        steps.append([out.detach(), x.grad, [p.grad.clone() for p in net.parameters()]])
+    return steps, {k: b.clone() for k, b in net.named_buffers()}
+
+def cases(world):
+    # A network, its two batches, and the dtype; the last one has one row on every process.
+    for i, (make, data, n) in enumerate([(two_dimensional, maps, 12), (both, maps, 12), (rows_only, rows, 6), (rows_only, rows, world)]):
+        for dtype in (torch.float32, torch.float64):
+            torch.manual_seed(i)
+            net = make().to(dtype)
+            yield net, [(data(n).to(dtype), torch.randint(5, (n,))) for _ in range(2)], dtype
+"""
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_synchronised_batch_norm_is_that_of_the_whole_batch(world, launch):
+    """Outputs, gradients of weights and inputs, and statistics of two steps: torch's on the whole batch.
+
+    Gradients of weights are those of the mean loss, averaged by `parallel`; an input's is that of the sum
+    of the processes' mean losses, so `world` times the whole batch's.
+    """
+    run = launch(
+        SETUP
+        + NETWORKS
+        + """
+got = []
+for net, batches, _ in cases(common.processes()):
+    net = common.synchronise(net)
+    got.append(train(net, common.parallel(net), batches, common.shard(len(batches[0][0]))))
+torch.save(got, f"got.{r}")
+common.leave()
+""",
+        world=world,
+    )
+    assert run.codes == [0] * world, run.err
+    space = {"torch": torch}
+    exec(NETWORKS, space)
+    got = [torch.load(run.path / f"got.{r}") for r in range(world)]
+    for i, (net, batches, dtype) in enumerate(space["cases"](world)):
+        alone = copy.deepcopy(net)  # what a part's own statistics would give: it must be far away
+        n = len(batches[0][0])
+        want, buffers = space["train"](net, net, batches, (0, n))
+        atol = 1e-5 if dtype == torch.float32 else 1e-10
+        for step, (out, x_grad, grads) in enumerate(want):
+            mine = [got[r][i][0][step] for r in range(world)]
+            for theirs in (out, x_grad, *(g for j, g in enumerate(grads) if j != 0)):
+                assert theirs.isfinite().all()
+            np.testing.assert_allclose(torch.cat([m[0] for m in mine]), out, atol=atol, rtol=0)
+            np.testing.assert_allclose(torch.cat([m[1] for m in mine]) / world, x_grad, atol=atol, rtol=0)
+            assert x_grad.abs().max() > 100 * atol and max(g.abs().max() for g in grads) > 1e-2
+            for m in mine:
+                for a, b in zip(m[2], grads, strict=True):
+                    assert a.dtype == dtype
+                    np.testing.assert_allclose(a, b, atol=atol, rtol=0)
+        for r in range(world):
+            assert list(got[r][i][1]) == list(buffers)
+            for name, b in buffers.items():
+                a = got[r][i][1][name]
+                assert a.dtype == b.dtype and ("tracked" not in name or a.item() == 2), name
+                np.testing.assert_allclose(a, b, atol=atol, rtol=1e-6, err_msg=name)
+        if n // world > 1:
+            own, _ = space["train"](alone, alone, batches, (0, n // world))
+            assert (own[0][0] - want[0][0][: n // world]).abs().max() > 0.05
+
+
+def test_synchronised_batch_norm_far_from_zero(launch):
+    """Mean 100, deviation 1: output, gradients and variance as in float64, with parts of different means."""
+    make = """
+torch.manual_seed(0)
+x = torch.randn(24, 3, 4, 4) + 100 + torch.linspace(-1, 1, 24).view(24, 1, 1, 1)
+g, weight = torch.randn(24, 3, 4, 4), torch.tensor([0.5, 1.0, 2.0])
+"""
+    run = launch(
+        SETUP
+        + make
+        + """
+bn = torch.nn.BatchNorm2d(3, momentum=1.0)
+bn.weight.data.copy_(weight)
+bn = common.synchronise(bn)
+first, last = common.shard(24)
+x = x[first:last].requires_grad_()
+out = bn(x)
+(out * g[first:last]).sum().backward()
+torch.save([out.detach(), x.grad, common.total(bn.weight.grad), bn.running_mean, bn.running_var], f"got.{r}")
+common.leave()
+"""
+    )
+    assert run.codes == [0, 0], run.err
+    space = {"torch": torch}
+    exec(make, space)
+    x, g, weight = (space[name].double() for name in ("x", "g", "weight"))
+    bn = nn.BatchNorm2d(3, momentum=1.0).double()
+    bn.weight.data.copy_(weight)
+    x.requires_grad_()
+    out = bn(x)
+    (out * g).sum().backward()
+    got = [torch.load(run.path / f"got.{r}") for r in range(2)]
+    np.testing.assert_allclose(torch.cat([a[0] for a in got]), out.detach(), atol=5e-5)
+    np.testing.assert_allclose(torch.cat([a[1] for a in got]), x.grad, atol=5e-5)
+    for _, _, weight_grad, mean, var in got:
+        np.testing.assert_allclose(weight_grad, bn.weight.grad, atol=3e-3)  # sums of 384 products near 200
+        np.testing.assert_allclose(mean, bn.running_mean, rtol=1e-6)
+        np.testing.assert_allclose(var, bn.running_var, rtol=1e-5)
+
+
+def test_synchronised_networks_evaluate_and_save_as_before(launch):
+    """Evaluation takes the running statistics, for any number of rows; keys stay, a plain network loads them."""
+    run = launch(
+        SETUP
+        + NETWORKS
+        + """
+torch.manual_seed(0)
+net = both()
+keys = list(net.state_dict())
+torch.manual_seed(1)
+x, few = maps(12), maps(3)
+same = common.synchronise(net) is net
+net(x[slice(*common.shard(12))])
+net.eval()
+before = {k: v.clone() for k, v in net.state_dict().items()}
+with torch.no_grad():
+    out = net(few[: 2 * r + 1])  # 1 and 3 rows
+    out = net(few) if r == 1 else out  # and once more on one of them: nobody waits for the other
+kept = all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+torch.save([same, kept, keys == list(net.state_dict()), net.state_dict(), few[: 2 * r + 1], out], f"got.{r}")
+common.leave()
+"""
+    )
+    assert run.codes == [0, 0], run.err
+    space = {"torch": torch}
+    exec(NETWORKS, space)
+    for r in range(2):
+        *good, weights, few, out = torch.load(run.path / f"got.{r}")
+        assert good == [True] * 3 and len(out) == 2 * r + 1
+        plain = space["both"]()
+        plain.load_state_dict(weights)
+        with torch.no_grad():
+            np.testing.assert_allclose(out, plain.eval()(few), atol=1e-6)
+            assert (out - space["both"]().eval()(few)).abs().max() > 0.01
+
+
+def test_one_process_keeps_torchs_batch_norm():
+    """synchronise leaves the network as it is: the same object, the same classes, no other outputs."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Unflatten(1, (4, 1, 1)), nn.BatchNorm2d(4))
+    kinds = [type(m) for m in net.modules()]
+    assert common.synchronise(net) is net and [type(m) for m in net.modules()] == kinds
+
+
+def test_to_device_moves_and_changes_nothing_else():
+    """On the CPU: the network itself, every value, dtype and order of memory as it was."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2).double())
+    net[0].half()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    assert common.to_device(net, torch.device("cpu")) is net
+    after = net.state_dict()
+    assert list(after) == list(before) and len(after) == 9
+    for name, x in before.items():
+        assert after[name].dtype == x.dtype and torch.equal(after[name], x), name
+        assert after[name].device.type == "cpu" and after[name].is_contiguous(), name

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import eval_linear  # noqa: E402
-from common import Images, Loader, backbone, load_data, seed_all  # noqa: E402
+from common import Embedding, Images, Loader, backbone, load_data, seed_all  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -50,6 +50,7 @@ def small_images(n, side, channels=3, classes=4, seed=0, block=8):
 
 def arguments(**changes):
     given = {"batch_size": 16, "image_size": 32, "lr": 0.01, "seed": 3, "flip": False, "amp": False}
+    given |= {"crops": "centre", "lr_steps": None}
     return Namespace(**{**given, "wd": [1e-2, 0.0], **changes})
 
 
@@ -260,7 +261,7 @@ def test_neighbours_by_a_plain_loop():
                 votes[c] += math.exp(similarity / 0.07)
             right[k] += votes.index(max(votes)) == label
     assert right[1] != right[30]
-    assert got == {"1": pytest.approx(right[1] / 25), "200": pytest.approx(right[30] / 25)}
+    assert got == {"last feature": {"1": pytest.approx(right[1] / 25), "200": pytest.approx(right[30] / 25)}}
 
 
 # --------------------------------------------------------------------------- data
@@ -334,7 +335,7 @@ def test_a_file_is_evaluated_beside_itself_and_grey_images_become_three_channels
     assert run_main(tmp_path, *flags) == 0
     assert read(tmp_path)["stages"] == from_file["stages"]
     assert from_file["args"]["resize"] == 36, "the run's own resize"
-    assert from_file["knn"]["1"] > 0.8
+    assert from_file["knn"]["last feature"]["1"] > 0.8
     stage = from_file["stages"]["conv1"]
     assert 0 < stage["ten_crops_last"] <= 1 and stage["ten_crops_last"] != stage["test_last"]
     grey, _ = load_data("digits")
@@ -353,6 +354,109 @@ def test_large_images_train_on_random_crops_of_the_central_square(tmp_path, monk
     assert run_main("--random", "lenet5", *flags, "--out", tmp_path) == 0
     assert shapes == [((7, 3, 91, 91), 80, 0.5)] * 2  # 80 * 256 / 224; 16 - 2 images, flips
     assert read(tmp_path, "photos")["stages"]["conv2"]["ten_crops_last"] is not None
+
+
+# --------------------------------------------------------------------------- Local Aggregation's protocol
+
+
+def test_la_pools_maps_of_over_200000_features_by_2_then_4():
+    for channels, side, want in [
+        (64, 224, 56),  # VGG's conv1: 3.2 million, 802,816 after pooling by 2
+        (128, 112, 28),  # 1.6 million, 401,408 after pooling by 2
+        (64, 56, 28),  # a ResNet's stem: 200,704
+        (96, 55, 28),  # AlexNet's conv1: 290,400; 55 is odd, and its last column is not lost
+        (256, 28, 14),  # 200,704
+        (256, 27, 27),  # 186,624: as it is
+    ]:
+        pool = eval_linear.pool_for("vgg16", 224, "conv", channels, side, "la")
+        x = torch.rand(1, channels, side, side)
+        assert pool(x).shape == (1, channels, want, want), (channels, side)
+        kernel = math.ceil(side / want)
+        corner = x[0, 0, (want - 1) * kernel :, (want - 1) * kernel :].mean()
+        torch.testing.assert_close(pool(x)[0, 0, -1, -1], corner)
+
+
+def la_arguments(arch, *argv, data="digits"):
+    meta = {"arch": arch, "image_size": 224, "resize": 256, "sobel": False}
+    args = eval_linear.options(["run", "--protocol", "la", *argv])
+    return eval_linear.resolve(args, meta, data, CPU)
+
+
+def test_la_schedules_and_crops_are_the_papers():
+    for arch, epochs, steps, wd, crops in [
+        ("alexnet", 65, [45, 55], [0.0], "alexnet"),
+        ("vgg16", 51, [11, 41], [1e-4], "resnet"),
+        ("resnet18", 70, [30, 60], [1e-4], "resnet"),
+        ("resnet50", 70, [30, 60], [1e-4], "resnet"),
+    ]:
+        args = la_arguments(arch)
+        assert (args.epochs, args.lr_steps, args.wd, args.crops) == (epochs, steps, wd, crops)
+        assert (args.lr, args.batch_size, args.held_out, args.ten_crops) == (0.01, 128, 0, True)
+        assert la_arguments(arch, data="data/Places205").crops == "alexnet"
+    given = la_arguments("alexnet", "--epochs", "3", "--lr-steps", "1", "--crops", "centre")
+    assert (given.epochs, given.lr_steps, given.crops, given.ten_crops) == (3, [1], "centre", False)
+    assert [eval_linear.stepped_lr(1.0, e, [11, 41]) for e in (0, 10, 11, 40, 41, 50)] == pytest.approx(
+        [1, 1, 0.1, 0.1, 0.01, 0.01]
+    )
+
+
+@pytest.mark.parametrize("crops", ["alexnet", "resnet"])
+def test_la_trains_on_crops_of_the_whole_image(crops):
+    """A column ramp tells where a crop lies and how wide it is: 24 of 32 pixels, or area 0.2 to 1."""
+    ramp = torch.arange(64).view(1, 1, 1, 64).expand(400, 1, 32, 64) * 4
+    data = Images(
+        "ramp", ramp.to(torch.uint8).contiguous(), None, torch.zeros(400).long(), ["a"], (0.0,), (1.0,)
+    )
+    args = arguments(batch_size=100, crops=crops, image_size=24, resize=32)
+    loader = Loader(data, 100, 24, 32, CPU)
+    found = list(eval_linear.batches(loader, torch.arange(400), 0, args))
+    assert torch.equal(torch.cat([i for i, _ in found]), torch.arange(400))
+    images = torch.cat([x for _, x in found])[:, 0, 0] * 255 / 4  # (400, 24): the column in every pixel
+    width = (images[:, -1] - images[:, 0]) * 24 / 23
+    if crops == "alexnet":
+        assert (width - 24).abs().max() < 0.01
+        left = images[:, 0].round()
+        assert left.min() == 0 and left.max() == 40, "not the central square alone"
+    else:
+        assert width.min() < 24 and width.max() > 32 and width.max() < 44  # ratio 4/3 of 32 rows: 43
+
+
+def test_la_chooses_nothing_and_a_choice_needs_held_out_images(tmp_path, capsys):
+    flags = ["--random", "lenet5", "--protocol", "la", "--epochs", 2, "--no-knn", "--out", tmp_path]
+    assert run_main(*flags) == 0
+    result = json.loads((tmp_path / "eval_linear-digits-la.json").read_text())
+    assert result["images"] == {"train": 1437, "held_out": 0, "test": 360}
+    stage = result["stages"]["conv1"]
+    assert stage["wd"] == 1e-4 and stage["test_last"] > 0.6
+    assert not {"best_epoch", "test_best", "held_out_last"} & set(stage)
+    capsys.readouterr()
+    assert run_main(*flags, "--wd", "0", "1e-4") == 2
+    assert "--held-out 0" in capsys.readouterr().err
+
+
+def test_neighbours_in_the_embedding_by_a_plain_loop():
+    """ReLU, linear layer, unit length; a bank made anew from the training images' centre crops."""
+    train, test = (small_images(n, 2, 1, 3, seed, block=1) for n, seed in ((30, 7), (25, 8)))
+    net = nn.Flatten()
+    net.embedding = Embedding(4, 3)
+    loaders = [Loader(d, 8, 2, 2, CPU) for d in (train, test)]
+    got = eval_linear.nearest_neighbours(net, *loaders, arguments())
+    weight, bias = (x.tolist() for x in net.embedding.linear.parameters())
+
+    def rows(d):
+        found = []
+        for image in d.pixels.flatten(1).tolist():
+            x = [max(0.0, (p / 255 - 0.4) / 0.2) for p in image]
+            z = [sum(a * b for a, b in zip(w, x, strict=True)) + c for w, c in zip(weight, bias, strict=True)]
+            found.append([v / math.sqrt(sum(u * u for u in z)) for v in z])
+        return found
+
+    bank, right = rows(train), 0
+    for query, label in zip(rows(test), test.labels.tolist(), strict=True):
+        cosine = [sum(a * b for a, b in zip(query, key, strict=True)) for key in bank]
+        right += train.labels.tolist()[cosine.index(max(cosine))] == label
+    assert got["embedding"]["1"] == pytest.approx(right / 25)
+    assert set(got) == {"last feature", "embedding"}
 
 
 # --------------------------------------------------------------------------- the command line
@@ -415,9 +519,10 @@ def test_two_processes_equal_one_and_beat_chance(tmp_path):
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-    assert two["knn"] == pytest.approx(one["knn"]) and two["stages"] == one["stages"]
+    assert two["knn"]["last feature"] == pytest.approx(one["knn"]["last feature"])
+    assert two["stages"] == one["stages"]
     assert one["stages"]["conv1"]["test_last"] > 0.6, "chance is 0.1"
-    assert one["knn"]["1"] > 0.8
+    assert one["knn"]["last feature"]["1"] > 0.8
     assert set(one["stages"]["conv2"]["by_wd"]) == {"0.001", "1e-05"}
     assert len(one["stages"]["conv2"]["by_wd"]["0.001"]["test"]) == 2
     row = next(line for line in text.splitlines() if line.startswith("conv1")).split()
