@@ -16,6 +16,8 @@ Prints a table and writes --out (bench.json). What the references are:
     augmentation  torchvision's transforms on PIL images one by one, one thread on both sides
     training      the same networks on one ready batch: zero_grad, forward, cross-entropy, backward.
                   Ours has everything: fetching and augmenting images, seeds, head, heartbeat, optimisers
+    aggregation   Local Aggregation from embeddings to their gradient, against product and topk alone;
+                  its whole training step against forward and backward of the same network
     extraction    the same network in evaluation mode on the same batches, ready in memory
     probes        one linear classifier after another, the network run up to its stage only
     processes     k-means in one process of one core, against two of one core each; without start-up
@@ -50,6 +52,7 @@ import faiss  # isort: skip  (after torch, see common.py)
 import common
 import deepcluster
 import eval_linear
+import local_aggregation
 
 # --------------------------------------------------------------------------- measuring
 
@@ -277,6 +280,87 @@ def bench_extraction(device, quick):
         yield row(f"extraction: {name}", race(ours, reference, device), images=len(index))
 
 
+def bench_aggregation(device, quick):
+    """Local Aggregation without its network: everything from v to its gradient and the bank."""
+    b, d, k = 128, 128, 4096
+    for n in (20_000,) if quick else (50_000, 1_281_167):
+        bank = common.unit(torch.randn(n, d, generator=common.generator("bank"))).to(device)
+        v = common.unit(blobs(b, d, device)).requires_grad_()
+        index, m = torch.randperm(n, generator=common.generator("index"))[:b].to(device), min(10_000, n // 50)
+        clusterings = torch.randint(m, (3, n), generator=common.generator("clusters")).int().to(device)
+        noise = torch.randint(n, (b, k), generator=common.generator("noise")).to(device)
+
+        def aggregate():
+            similarity, ids, _ = local_aggregation.background(v, bank, index, k)
+            close = local_aggregation.close_neighbours(clusterings, index, ids)
+            local_aggregation.aggregation_loss(similarity, close, 0.07).mean().backward()
+            local_aggregation.update_bank(bank, index, v)
+
+        def plain():
+            for part in v.detach().split(max(1, 2**27 // n)):
+                (part @ bank.T).topk(k)
+
+        rounds = 5 if n <= 50_000 or device.type == "cuda" else 1
+        yield row(f"Local Aggregation N={n:,}: v to loss to v", race(aggregate, plain, device, rounds), "<= 2",
+                  note="against the product bank @ v and its top 4096")  # fmt: skip
+
+        def recognise():
+            if n <= local_aggregation.EXACT:
+                each = local_aggregation.instance_softmax(v, bank, index, 0.07)
+            else:
+                each = local_aggregation.instance_loss(v, bank, index, noise, 0.07, local_aggregation.Z * n)
+            each.mean().backward()
+            local_aggregation.update_bank(bank, index, v)
+
+        def product():
+            return (
+                v.detach() @ bank.T if n <= local_aggregation.EXACT else bank[noise] @ v.detach()[:, :, None]
+            )
+
+        what = "softmax" if n <= local_aggregation.EXACT else "nce"
+        seconds = race(recognise, product, device, 5)
+        yield row(
+            f"instance recognition N={n:,}, {what}: v to loss to v", seconds, note="against its product"
+        )
+
+
+def bench_aggregation_training(device, quick):
+    """A whole training step of instance recognition and of Local Aggregation, against the bare network."""
+    cases = [("fashionmnist", 1, 60_000, 6), ("cifar10", 3, 50_000, 2)]
+    if device.type == "cuda":
+        cases = [(*rest, 50) for *rest, _ in cases] + [("imagenet", 3, 1_281_167, 10)]
+    for recipe, channels, n, steps in cases[: 1 if quick else None]:
+        args = local_aggregation.options(["--recipe", recipe, "--data", "noise"])
+        args.amp, b = device.type == "cuda", args.batch_size
+        args.ir_loss = "softmax" if n <= local_aggregation.EXACT else "nce"
+        data = synthetic(b * steps, channels, args.resize, device)
+        loader = common.Loader(data, b, args.image_size, args.resize, device)
+        _, net = local_aggregation.make_net(args, channels)
+        net = common.to_device(net, device)
+        groups = local_aggregation.parameter_groups(net, args.wd)
+        optimizer = torch.optim.SGD(groups, 1e-4, args.momentum, fused=True)
+        bank = common.unit(torch.randn(n, args.dim, generator=common.generator("bank"))).to(device)
+        clusterings = torch.randint(args.k, (args.clusterings, n), generator=common.generator("clusters"))
+        images = next(loader.epoch(0, [common.View()]))[1][0]
+
+        def reference():
+            net.train()
+            for _ in range(steps):
+                net.zero_grad()
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                    v = net(images)
+                v.square().sum().backward()
+
+        for phase, given, aim in (("IR", None, "<= 1.15"), ("LA", clusterings.int().to(device), "<= 1.15")):
+            aim = "<= 1.5" if n > 1e6 and phase == "LA" else aim
+
+            def ours():
+                local_aggregation.train(net, optimizer, loader, bank, given, 0, 0, steps, [0.0] * 4, args)
+
+            name = f"{phase} step: {args.arch}, {args.image_size} px, B={b}, N={n:,}"
+            yield row(name, race(ours, reference, device, 3), aim, images=b * steps)
+
+
 def bench_probes(device, quick):
     decays, b, n = [1e-3, 1e-4, 1e-5, 1e-6], 128, 128 if quick else 512
     loader = common.Loader(synthetic(n, 3, 32, device), b, 32, 32, device)
@@ -339,7 +423,7 @@ def bench_memory(device, quick):
 
 
 ROWS = [bench_kmeans, bench_pca, bench_nearest, bench_augmentation, bench_training, bench_extraction]
-ROWS += [bench_probes, bench_processes, bench_memory]
+ROWS += [bench_aggregation, bench_aggregation_training, bench_probes, bench_processes, bench_memory]
 
 # --------------------------------------------------------------------------- in a process of its own
 

@@ -112,6 +112,66 @@ def test_pad_4_crop(channels):
     assert torch.equal(flat.flip(-1), mirrored) or (flat.flip(-1) - mirrored).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("height, width", [(32, 47), (47, 32), (32, 32)])
+def test_squares_lie_anywhere_and_equally_often(height, width):
+    """AlexNet's crop: 7/8 of the shorter side, every place as often as the others, down and across apart."""
+    n, side = 8000, 28
+    random = torch.rand(n, RANDOM, generator=torch.Generator().manual_seed(4))
+    boxes = common.view_boxes(View(square=224 / 256), random, height, width)
+    assert boxes.dtype == torch.int64 and boxes.shape == (n, 4)
+    assert boxes[:, 2:].unique(dim=0).tolist() == [[side, side]]
+    places = (height - side + 1) * (width - side + 1)  # 5 x 20, 20 x 5, 5 x 5
+    found, count = boxes[:, :2].unique(dim=0, return_counts=True)
+    assert found.min(0).values.tolist() == [0, 0] and len(found) == places
+    assert found.max(0).values.tolist() == [height - side, width - side]
+    surprise = ((count - n / places) ** 2 / (n / places)).sum().item()  # chi squared, places - 1 degrees
+    assert surprise < places - 1 + 5 * (2 * (places - 1)) ** 0.5
+
+
+def test_squares_at_the_edges():
+    """Side: the share of the shorter side, rounded, one pixel at least; numbers next to 1 stay inside."""
+    last = torch.full((1, RANDOM), 1 - 2**-24)
+    for h, w, square, side in (
+        (256, 341, 224 / 256, 224),
+        (500, 375, 224 / 256, 328),
+        (20, 30, 1.0, 20),
+        (30, 20, 1.0, 20),
+        (33, 9, 0.5, 4),
+        (3, 400, 0.01, 1),
+        (1, 1, 0.5, 1),
+    ):
+        view = View(square=square, area=(0.1, 0.2), ratio=(2, 3))  # area and ratio have no say
+        assert common.view_boxes(view, 0 * last, h, w).tolist() == [[0, 0, side, side]]
+        assert common.view_boxes(view, last, h, w).tolist() == [[h - side, w - side, side, side]]
+    mixed = 0 * last
+    mixed[:, 21] = 0.5
+    assert common.view_boxes(View(square=0.5), mixed, 40, 60).tolist() == [[0, 20, 20, 20]]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [14, 28, 40])
+def test_squares_in_memory_and_from_files(channels, size):
+    """The square is cut out and resized, plainly in memory and by Pillow for files, mirrored or not."""
+    from PIL import Image
+
+    for h, w in ((32, 47), (47, 32)):
+        pixels = (noise(20, channels, h, w) * 255).round().to(torch.uint8)
+        random = torch.rand(20, RANDOM, generator=torch.Generator().manual_seed(size))
+        view = View(square=224 / 256)
+        got = common.geometry(pixels, view, random, size)
+        assert got.shape == (20, channels, size, size)
+        for i in range(20):
+            y, x = int(random[i, 20] * (h - 27)), int(random[i, 21] * (w - 27))
+            cut = pixels[i, :, y : y + 28, x : x + 28]
+            mirror = V.horizontal_flip if random[i, 22] < 0.5 else lambda z: z
+            close(got[i], mirror(V.resize(cut.float() / 255, [size, size], antialias=False)))
+            if channels == 3:
+                pil = Image.fromarray(pixels[i].permute(1, 2, 0).numpy())
+                small = pil.crop((x, y, x + 28, y + 28)).resize((size, size), Image.Resampling.BILINEAR)
+                want = mirror(torch.from_numpy(np.array(small)).permute(2, 0, 1))
+                assert torch.equal(common._pil_geometry(pil, view, random[i], size), want)
+
+
 def test_memory_and_file_crops_agree():
     """The crop of a PIL image is that of the pixels in memory, up to antialiasing and rounding."""
     from PIL import Image

@@ -128,6 +128,22 @@ def test_start_seed_epoch_and_leftovers(source, folder):
     assert not torch.equal(own, again)
 
 
+@pytest.mark.parametrize("source, workers", [("memory", 0), ("files", 0), ("files", 1)])
+def test_segments_make_the_epoch(source, workers, folder):
+    """start, stop: the steps in between and no more; segments, an empty one too, join to the whole epoch."""
+    data = load_data("digits" if source == "memory" else str(folder))[0]
+    loader, order = loader_of(data, batch_size=4, workers=workers), torch.arange(22).flip(0)
+    whole = epoch_of(loader, 2, order=order)
+    assert [index.tolist() for index, _ in whole] == [list(range(21 - 4 * s, 17 - 4 * s, -1)) for s in range(5)]
+    parts = [epoch_of(loader, 2, order=order, start=a, stop=b) for a, b in ((0, 2), (2, 2), (2, 3), (3, 5))]
+    assert [len(part) for part in parts] == [2, 0, 1, 2]
+    assert_same(whole, sum(parts, []))
+    assert epoch_of(loader, 2, order=order, stop=0) == []
+    assert_same(whole[:1], epoch_of(loader, 2, order=order, stop=1))
+    shuffled = epoch_of(loader, 2, stop=2) + epoch_of(loader, 2, start=2, stop=4)
+    assert_same(epoch_of(loader, 2, stop=4), shuffled)
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_change_nothing(folder):
     """0, 1 and 3 workers give bit-identical batches, in an epoch and for fixed crops."""

@@ -1,6 +1,7 @@
 """common.py, metrics: hand cases and plain loops."""
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -80,22 +81,89 @@ def test_ari_by_counting_pairs():
         assert common.ari(torch.from_numpy(a), torch.from_numpy(a) + 3) == 1
 
 
+def vote(queries, bank, labels, k, classes=4):
+    """Class of each query by loops: cosine similarity, weight exp(s / 0.07), the largest sum of a class."""
+    found = []
+    for q in queries.double():
+        score = [(q @ r / q.norm() / r.norm()).item() for r in bank.double()]
+        near = sorted(range(len(bank)), key=lambda j: -score[j])[:k]
+        votes = [sum(math.exp(score[j] / 0.07) for j in near if labels[j] == c) for c in range(classes)]
+        found.append(votes.index(max(votes)))
+    return found
+
+
+def four_classes(seed, spread=1.0):
+    """A bank of 40 rows, their labels, 25 queries near the four centres and the queries' own labels."""
+    gen = torch.Generator().manual_seed(seed)
+    labels, target = torch.arange(40) % 4, torch.arange(25) * 7 % 4
+    centres = torch.randn(4, 6, generator=gen)
+    bank = (centres[labels] + torch.randn(40, 6, generator=gen)) * torch.rand(40, 1, generator=gen).add(0.1)
+    queries = (spread * centres[target] + torch.randn(25, 6, generator=gen)) * 10
+    return queries, target, bank, labels
+
+
 @pytest.mark.parametrize("k", [1, 5, 200])
 def test_knn_by_loops(k):
     """Cosine similarity, weight exp(s / 0.07), sum per class; lengths do not count; k is cut to N."""
-    gen = torch.Generator().manual_seed(k)
-    labels = torch.arange(40) % 4
-    centres = torch.randn(4, 6, generator=gen)
-    bank = (centres[labels] + torch.randn(40, 6, generator=gen)) * torch.rand(40, 1, generator=gen).add(0.1)
-    queries = torch.randn(25, 6, generator=gen) * 10
-    want = []
-    for q in queries.double():
-        score = [(q @ r / q.norm() / r.norm()).item() for r in bank.double()]
-        near = sorted(range(40), key=lambda j: -score[j])[:k]
-        votes = [sum(math.exp(score[j] / 0.07) for j in near if labels[j] == c) for c in range(4)]
-        want.append(votes.index(max(votes)))
+    queries, _, bank, labels = four_classes(k, spread=0.0)
+    want = vote(queries, bank, labels, k)
     assert common.knn_predict(queries, bank, labels, k).tolist() == want
     assert len(set(want)) > 1
+
+
+def test_knn_for_several_k_at_once():
+    """A list with the classes of each k, in the order asked for: those of the loops, and of one k alone."""
+    queries, _, bank, labels = four_classes(1, spread=0.0)
+    for ks in ([5, 1, 200], (1, 12), [3]):
+        found = common.knn_predict(queries, bank, labels, ks, classes=9)
+        assert isinstance(found, list) and len(found) == len(ks)
+        for k, predicted in zip(ks, found, strict=True):
+            assert predicted.tolist() == vote(queries, bank, labels, k)
+            assert torch.equal(predicted, common.knn_predict(queries, bank, labels, k))
+    one, five, all_of_them = (vote(queries, bank, labels, k) for k in (1, 5, 40))
+    assert one != five and five != all_of_them and one != all_of_them
+    none = common.knn_predict(queries[:0], bank, labels, [1, 5])
+    assert [p.tolist() for p in none] == [[], []]
+
+
+def shares(queries, target, bank, labels, ks):
+    """{k as text: share of queries of the right class} by loops."""
+    found = {k: vote(queries, bank, labels, k) for k in ks}
+    return {str(k): sum(map(int.__eq__, p, target.tolist())) / len(target) for k, p in found.items()}
+
+
+def test_knn_accuracy_by_loops():
+    """The share of right classes for each k; 1 and 200 unless told."""
+    everything = four_classes(2)
+    want = shares(*everything, (1, 200))
+    assert common.knn_accuracy(*everything, 4) == pytest.approx(want)
+    assert 0.3 < want["1"] < 1 and want["1"] != want["200"]
+    assert common.knn_accuracy(*everything, 4, (7,)) == pytest.approx(shares(*everything, (7,)))
+
+
+def test_knn_accuracy_over_two_processes(launch):
+    """Uneven shares of the queries, and none on one process: all get the share of all queries."""
+    queries, target, bank, labels = four_classes(2)
+    torch.save([queries, target, bank, labels], launch.path / "data")
+    run = launch(
+        """
+import json, torch, common
+common.setup("cpu")
+queries, target, bank, labels = torch.load("data")
+got = []
+for cut in (7, 0, 25):
+    mine = slice(cut, None) if common.rank() else slice(cut)
+    got.append(common.knn_accuracy(queries[mine], target[mine], bank, labels, 4, (3, 40)))
+print(json.dumps(got))
+common.leave()
+"""
+    )
+    assert run.codes == [0, 0], run.err
+    want = shares(queries, target, bank, labels, (3, 40))
+    parts = [shares(queries[mine], target[mine], bank, labels, (3,)) for mine in (slice(7), slice(7, 25))]
+    assert abs(sum(p["3"] for p in parts) / 2 - want["3"]) > 0.01  # the mean of the shares is another number
+    for out in run.out:
+        assert [pytest.approx(want)] * 3 == json.loads(out)
 
 
 def test_knn_weights_beat_the_majority():

@@ -369,11 +369,9 @@ common.leave()
         atol = 1e-5 if dtype == torch.float32 else 1e-10
         for step, (out, x_grad, grads) in enumerate(want):
             mine = [got[r][i][0][step] for r in range(world)]
-            for theirs in (out, x_grad, *(g for j, g in enumerate(grads) if j != 0)):
-                assert theirs.isfinite().all()
             np.testing.assert_allclose(torch.cat([m[0] for m in mine]), out, atol=atol, rtol=0)
             np.testing.assert_allclose(torch.cat([m[1] for m in mine]) / world, x_grad, atol=atol, rtol=0)
-            assert x_grad.abs().max() > 100 * atol and max(g.abs().max() for g in grads) > 1e-2
+            assert x_grad.abs().max() > 1e-3 and max(g.abs().max() for g in grads) > 1e-2
             for m in mine:
                 for a, b in zip(m[2], grads, strict=True):
                     assert a.dtype == dtype

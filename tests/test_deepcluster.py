@@ -1,19 +1,15 @@
 """deepcluster.py: its functions against plain loops, its optimisation against formulas, whole runs."""
 
-import csv
-import json
+import functools
 import math
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import weakref
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +22,7 @@ from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import runs
 from common import Images, Loader, load_backbone, load_data, save_backbone
 from deepcluster import (
     deep_features,
@@ -38,155 +35,26 @@ from deepcluster import (
     train,
     uniform_over_clusters,
 )
+from runs import (
+    ONE_THREAD,
+    ROOT,
+    contents,
+    copied,
+    epochs,
+    plain_nmi,
+    read_assignments,
+    read_log,
+    two_at_once,
+    wait_for,
+    without_times,
+    write_images,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "deepcluster.py"
 QUICK = ["--epochs", "4", "--k", "20", "--batch-size", "128"]  # 11 steps an epoch
 QUICK += ["--image-size", "20", "--resize", "20", "--out", "run"]
 STEPS = 1437 // 128
-
-
-# --------------------------------------------------------------------------- running the script
-# A server that has imported everything once forks a process for each run: a start costs
-# milliseconds. One thread each, so that two runs with equal arguments must agree in every bit.
-
-SERVER = """
-import json, os, signal, socket, sys, traceback
-import scipy.linalg, scipy.sparse, sklearn.datasets, sklearn.metrics, torch, torchvision, common
-def child(job, rank, port):
-    os.chdir(job["folder"])
-    for number, name in ((0, os.devnull), (1, f"out.{rank}"), (2, f"err.{rank}")):
-        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC * (number > 0)), number)
-    if job["world"] > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["world"]),
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    sys.argv, code = job["argv"], 0
-    try:
-        exec(compile(job["code"], "snippet", "exec"), {"__name__": "__main__"})
-    except SystemExit as end:
-        code = end.code or 0
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush(); sys.stderr.flush()
-    os._exit(code)
-def write(path, text):
-    with open(path + ".new", "w") as file:
-        file.write(text)
-    os.rename(path + ".new", path)
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-for line in sys.stdin:
-    job = json.loads(line)
-    if os.fork():
-        continue
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    ranks = {}
-    for rank in range(job["world"]):
-        pid = os.fork()
-        if pid == 0:
-            child(job, rank, port)
-        ranks[pid] = rank
-    write(job["folder"] + "/pids", json.dumps(list(ranks)))
-    codes = [None] * job["world"]
-    for _ in ranks:
-        pid, status = os.wait()
-        codes[ranks[pid]] = os.waitstatus_to_exitcode(status)
-    write(job["folder"] + "/codes", json.dumps(codes))
-    os._exit(0)
-"""
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-PLAIN = f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
-
-
-class Job:
-    """A run on its way: wait() for it, then .codes, .out and .err by process; .code of the first."""
-
-    def __init__(self, folder, world):
-        self.folder, self.world, self.run = folder, world, folder / "run"
-
-    def pids(self):
-        wait_for(lambda: (self.folder / "pids").exists(), 60)
-        return json.loads((self.folder / "pids").read_text())
-
-    def wait(self, limit=150):
-        if not wait_for((self.folder / "codes").exists, limit, fail=False):
-            for pid in self.pids():
-                os.kill(pid, signal.SIGKILL)
-            pytest.fail(f"still running after {limit} s: {self.read('out')} {self.read('err')}")
-        self.codes = json.loads((self.folder / "codes").read_text())
-        self.code, self.out, self.err = self.codes[0], self.read("out"), self.read("err")
-        return self
-
-    def read(self, stream):
-        return "".join((self.folder / f"{stream}.{r}").read_text() for r in range(self.world))
-
-    def ok(self):
-        self.wait()
-        assert self.codes == [0] * self.world, self.out + self.err
-        return self
-
-    def log(self):
-        return read_log(self.run / "log.jsonl")
-
-    def state(self, name="checkpoint.pt"):
-        return torch.load(self.run / name, map_location="cpu", weights_only=True)
-
-
-def wait_for(true, limit, fail=True):
-    end = time.time() + limit
-    while time.time() < end:
-        if true():
-            return True
-        time.sleep(0.01)
-    if fail:
-        pytest.fail(f"nothing happened for {limit} s")
-    return False
-
-
-def read_log(path):
-    """The records of a log.jsonl, refusing what JSON does not know: NaN and infinity."""
-
-    def refuse(word):
-        raise AssertionError(f"{word} in {path}")
-
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
-
-
-def epochs(records):
-    return [r for r in records if "loss" in r]
-
-
-def without_times(records):
-    timed = ("seconds", "images_per_second")
-    return [{k: v for k, v in r.items() if k not in timed} for r in epochs(records)]
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """start(arguments, code, world, folder): a Job, in a folder of its own or in a former job's."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **ONE_THREAD}
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER], env=environment, stdin=subprocess.PIPE, text=True
-    )
-    lock = threading.Lock()
-
-    def go(arguments, code=PLAIN, world=1, folder=None):
-        with lock:
-            folder = folder or tmp_path_factory.mktemp("job")
-            for old in ("pids", "codes"):
-                (folder / old).unlink(missing_ok=True)
-            argv = [str(SCRIPT), *map(str, arguments)]
-            job = {"argv": argv, "code": code, "world": world, "folder": str(folder)}
-            server.stdin.write(json.dumps(job) + "\n")
-            server.stdin.flush()
-        return Job(folder, world)
-
-    yield go
-    server.stdin.close()
-    server.wait(10)
+trap = functools.partial(runs.trap, "deepcluster")
 
 
 @pytest.fixture(scope="module")
@@ -202,13 +70,6 @@ def torchrun(tmp_path_factory):
     if process.poll() is None:
         process.terminate()  # the launcher ends its processes
     process.wait(60)
-
-
-def two_at_once(work):
-    """{name: function()} -> {name: result}, two running at any time."""
-    with ThreadPoolExecutor(2) as pool:
-        futures = {name: pool.submit(function) for name, function in work.items()}
-        return {name: future.result() for name, future in futures.items()}
 
 
 @pytest.fixture(scope="module")
@@ -997,23 +858,8 @@ def test_when_labels_and_head_are_replaced(schedules, name, want):
 # --------------------------------------------------------------------------- whole runs
 
 
-def plain_nmi(a, b):
-    """I(A;B) / sqrt(H(A) H(B)) from counts."""
-    n, both, ca, cb = len(a), Counter(zip(a, b, strict=True)), Counter(a), Counter(b)
-    information = sum(m / n * math.log(m * n / ca[x] / cb[y]) for (x, y), m in both.items())
-    entropy = [-sum(m / n * math.log(m / n) for m in c.values()) for c in (ca, cb)]
-    return information / math.sqrt(entropy[0] * entropy[1])
-
-
 def digit_labels():
     return load_data("digits")[0].labels.tolist()
-
-
-def read_assignments(path):
-    with open(path, newline="") as file:
-        head, *rows = csv.reader(file)
-    assert head == ["image", "cluster"]
-    return [r[0] for r in rows], [int(r[1]) for r in rows]
 
 
 PROMISED = [
@@ -1162,29 +1008,6 @@ def same(a, b):
         assert (a.run / name).read_bytes() == (b.run / name).read_bytes(), name
 
 
-# The script, with a signal to itself at the n-th call of a function.
-TRAP = """
-import os, signal, sys, torch, common, deepcluster
-def trap(module, name, n, number, torn=False):
-    real, calls = getattr(module, name), 0
-    def wrapped(*a, **k):
-        nonlocal calls
-        calls += 1
-        if calls == n:
-            if torn:
-                a[1].write(b"PK half a file"); a[1].flush()
-            os.kill(os.getpid(), number)
-        return real(*a, **k)
-    setattr(module, name, wrapped)
-trap({module}, {name!r}, {n}, signal.{signal}, torn={torn})
-deepcluster.main()
-"""
-
-
-def trap(module, name, n, sig="SIGKILL", torn=False):
-    return TRAP.format(module=module, name=name, n=n, signal=sig, torn=torn)
-
-
 OTHER = ["--clustering", "pic", "--reassign", "2", "--balance", "loss"]
 HALTED = ["--halt-clustering", "2", "--reset-head", "--save-every", "3"]
 DROPOUT = ["--arch", "alexnet-small", "--image-size", "8", "--resize", "8", "--epochs", "2"]
@@ -1300,19 +1123,6 @@ def test_sigterm_saves_in_the_middle_of_an_epoch(start):
     same(resumed, reference.ok())
 
 
-def copied(start, job, arguments, name, spoil=lambda run: None):
-    """A job in a copy of a former job's folder."""
-    folder = job.folder.parent / f"{job.folder.name}-{name.replace(' ', '-')}"
-    folder.mkdir()
-    shutil.copytree(job.run, folder / "run")
-    spoil(folder / "run")
-    return start(arguments, folder=folder).wait()
-
-
-def contents(run):
-    return {p.name: p.read_bytes() for p in run.iterdir()}
-
-
 def test_a_finished_run_says_so_and_changes_nothing(start, whole):
     job = copied(start, whole, QUICK, "again")
     assert job.code == 0 and "finished after 4 epochs" in job.out and job.err == ""
@@ -1421,14 +1231,6 @@ def test_two_processes_stop_together(start):
 
 
 # --------------------------------------------------------------------------- mistakes
-
-
-def write_images(folder, count, make=None, size=32):
-    folder.mkdir(parents=True)
-    noise = np.random.default_rng(len(str(folder)))
-    for i in range(count):
-        pixels = noise.integers(0, 256, (size, size, 3), dtype=np.uint8) if make is None else make(i)
-        Image.fromarray(pixels).save(folder / f"{i:03}.png")
 
 
 @pytest.fixture(scope="module")

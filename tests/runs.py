@@ -1,0 +1,251 @@
+"""Whole runs of the scripts: a server that forks a process for each, and what is read off the runs."""
+
+import contextlib
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# --------------------------------------------------------------------------- the server
+# It has imported everything once and forks the processes of each job: a start costs milliseconds
+# instead of seconds. It does no arithmetic of its own, so there are no threads to lose in the fork.
+# One thread for each process, so that two runs with equal arguments must agree in every bit; ranks
+# and addresses are given as torchrun gives them.
+
+CODE = """
+import json, os, signal, socket, sys, traceback
+import scipy.linalg, scipy.sparse, sklearn.datasets, sklearn.metrics, torch, torchvision, common
+def child(job, rank, port):
+    os.chdir(job["folder"])
+    for number, name in ((0, os.devnull), (1, f"out.{rank}"), (2, f"err.{rank}")):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC * (number > 0)), number)
+    if job["world"] > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["world"]),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.argv, code = job["argv"], 0
+    try:
+        exec(compile(job["code"], "snippet", "exec"), {"__name__": "__main__"})
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 70
+    sys.stdout.flush(); sys.stderr.flush()
+    os._exit(code)
+def write(path, text):
+    with open(path + ".new", "w") as file:
+        file.write(text)
+    os.rename(path + ".new", path)
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for line in sys.stdin:
+    job = json.loads(line)
+    if os.fork():
+        continue
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks = {}
+    for rank in range(job["world"]):
+        pid = os.fork()
+        if pid == 0:
+            child(job, rank, port)
+        ranks[pid] = rank
+    write(job["folder"] + "/pids", json.dumps(list(ranks)))
+    codes = [None] * job["world"]
+    for _ in ranks:
+        pid, status = os.wait()
+        codes[ranks[pid]] = os.waitstatus_to_exitcode(status)
+    write(job["folder"] + "/codes", json.dumps(codes))
+    os._exit(0)
+"""
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+class Server:
+    """start() a job at a time; close() ends what is still running."""
+
+    def __init__(self):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **ONE_THREAD}
+        command = [sys.executable, "-c", CODE]
+        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, text=True)
+        self.lock, self.jobs = threading.Lock(), []
+
+    def start(self, argv, code, world, folder):
+        """A Job: code on `world` processes in a folder, which may be a former job's."""
+        with self.lock:
+            for old in ("pids", "codes"):
+                (folder / old).unlink(missing_ok=True)
+            job = {"argv": list(map(str, argv)), "code": code, "world": world, "folder": str(folder)}
+            self.process.stdin.write(json.dumps(job) + "\n")
+            self.process.stdin.flush()
+            self.jobs.append(Job(folder, world))
+        return self.jobs[-1]
+
+    def close(self):
+        for job in {job.folder: job for job in self.jobs}.values():
+            job.kill()
+        self.process.stdin.close()
+        self.process.wait(10)
+
+
+class Job:
+    """A run on its way: wait() for it, then .codes, .out and .err by process; .code of the first."""
+
+    def __init__(self, folder, world):
+        self.folder, self.world, self.run = folder, world, folder / "run"
+
+    def pids(self):
+        wait_for(lambda: (self.folder / "pids").exists(), 60)
+        return json.loads((self.folder / "pids").read_text())
+
+    def kill(self):
+        if self.folder.exists() and not (self.folder / "codes").exists():
+            for pid in self.pids():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def wait(self, limit=150):
+        if not wait_for((self.folder / "codes").exists, limit, fail=False):
+            self.kill()
+            pytest.fail(f"still running after {limit} s: {self.read('out')} {self.read('err')}")
+        self.codes = json.loads((self.folder / "codes").read_text())
+        self.code, self.out, self.err = self.codes[0], self.read("out"), self.read("err")
+        return self
+
+    def read(self, stream):
+        return "".join(self.by_process(stream))
+
+    def by_process(self, stream):
+        return [(self.folder / f"{stream}.{r}").read_text() for r in range(self.world)]
+
+    def ok(self):
+        self.wait()
+        assert self.codes == [0] * self.world, self.out + self.err
+        return self
+
+    def log(self):
+        return read_log(self.run / "log.jsonl")
+
+    def state(self, name="checkpoint.pt"):
+        return torch.load(self.run / name, map_location="cpu", weights_only=True)
+
+
+def plain(script):
+    """The code of a job that runs a script as it is."""
+    return f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+
+
+# A script, with a signal to itself at the n-th call of a function.
+TRAP = """
+import os, signal, sys, torch, common, {script}
+def trap(module, name, n, number, torn=False):
+    real, calls = getattr(module, name), 0
+    def wrapped(*a, **k):
+        nonlocal calls
+        calls += 1
+        if calls == n:
+            if torn:
+                a[1].write(b"PK half a file"); a[1].flush()
+            os.kill(os.getpid(), number)
+        return real(*a, **k)
+    setattr(module, name, wrapped)
+trap({module}, {name!r}, {n}, signal.{signal}, torn={torn})
+{script}.main()
+"""
+
+
+def trap(script, module, name, n, sig="SIGKILL", torn=False):
+    return TRAP.format(script=script, module=module, name=name, n=n, signal=sig, torn=torn)
+
+
+def wait_for(true, limit, fail=True):
+    end = time.time() + limit
+    while time.time() < end:
+        if true():
+            return True
+        time.sleep(0.01)
+    if fail:
+        pytest.fail(f"nothing happened for {limit} s")
+    return False
+
+
+def two_at_once(work):
+    """{name: function()} -> {name: result}, two running at any time."""
+    with ThreadPoolExecutor(2) as pool:
+        futures = {name: pool.submit(function) for name, function in work.items()}
+        return {name: future.result() for name, future in futures.items()}
+
+
+# --------------------------------------------------------------------------- run folders
+
+
+def read_log(path):
+    """The records of a log.jsonl, refusing what JSON does not know: NaN and infinity."""
+
+    def refuse(word):
+        raise AssertionError(f"{word} in {path}")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def epochs(records):
+    return [r for r in records if "loss" in r]
+
+
+def without_times(records):
+    timed = ("seconds", "images_per_second")
+    return [{k: v for k, v in r.items() if k not in timed} for r in epochs(records)]
+
+
+def read_assignments(path):
+    with open(path, newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["image", "cluster"]
+    return [r[0] for r in rows], [int(r[1]) for r in rows]
+
+
+def contents(run):
+    return {p.name: p.read_bytes() for p in run.iterdir()}
+
+
+def copied(start, job, arguments, name, spoil=lambda run: None):
+    """A job in a copy of a former job's folder."""
+    folder = job.folder.parent / f"{job.folder.name}-{name.replace(' ', '-')}"
+    folder.mkdir()
+    shutil.copytree(job.run, folder / "run")
+    spoil(folder / "run")
+    return start(arguments, folder=folder).wait()
+
+
+def write_images(folder, count, make=None, size=32):
+    """Noise, or what make(i) returns, as PNG files."""
+    folder.mkdir(parents=True)
+    noise = np.random.default_rng(len(str(folder)))
+    for i in range(count):
+        pixels = noise.integers(0, 256, (size, size, 3), dtype=np.uint8) if make is None else make(i)
+        Image.fromarray(pixels).save(folder / f"{i:03}.png")
+
+
+def plain_nmi(a, b):
+    """I(A;B) / sqrt(H(A) H(B)) from counts."""
+    n, both, ca, cb = len(a), Counter(zip(a, b, strict=True)), Counter(a), Counter(b)
+    information = sum(m / n * math.log(m * n / ca[x] / cb[y]) for (x, y), m in both.items())
+    entropy = [-sum(m / n * math.log(m / n) for m in c.values()) for c in (ca, cb)]
+    return information / math.sqrt(entropy[0] * entropy[1])
