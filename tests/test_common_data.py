@@ -134,7 +134,9 @@ def test_segments_make_the_epoch(source, workers, folder):
     data = load_data("digits" if source == "memory" else str(folder))[0]
     loader, order = loader_of(data, batch_size=4, workers=workers), torch.arange(22).flip(0)
     whole = epoch_of(loader, 2, order=order)
-    assert [index.tolist() for index, _ in whole] == [list(range(21 - 4 * s, 17 - 4 * s, -1)) for s in range(5)]
+    assert [index.tolist() for index, _ in whole] == [
+        list(range(21 - 4 * s, 17 - 4 * s, -1)) for s in range(5)
+    ]
     parts = [epoch_of(loader, 2, order=order, start=a, stop=b) for a, b in ((0, 2), (2, 2), (2, 3), (3, 5))]
     assert [len(part) for part in parts] == [2, 0, 1, 2]
     assert_same(whole, sum(parts, []))

@@ -1,8 +1,10 @@
 """common.py, networks: Sobel, shapes, torchvision's key names, initialisation, the backbone file."""
 
+import copy
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -146,6 +148,119 @@ def test_feature_size_is_dim(arch):
                 assert len(shapes) == len(net.stages) and all(len(s) == 3 for s in shapes.values())
 
 
+def randomise_batch_norm(net):
+    """Every batch norm gets weights, biases and statistics of its own."""
+    for m in net.modules():
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            for x in (m.weight, m.running_var):
+                nn.init.uniform_(x, 0.5, 2.0)
+            for x in (m.bias, m.running_mean):
+                nn.init.normal_(x)
+    return net
+
+
+def normalised(x, m):
+    """(x - mean) / sqrt(var + eps) * weight + bias with a batch norm's running statistics."""
+    return (x - m.running_mean) / (m.running_var + m.eps).sqrt() * m.weight + m.bias
+
+
+@pytest.mark.parametrize(
+    "arch, size", [("lenet5", 32), ("alexnet", 67), ("alexnet-small", 32), ("vgg16", 32)]
+)
+def test_norm_comes_before_the_relu_of_hidden_layers(arch, size):
+    """norm=True: linear, batch norm, ReLU, linear, batch norm; by hand. norm=False: linear, ReLU, linear."""
+    torch.manual_seed(0)
+    for norm in (True, False):
+        net = on_meta(arch, 3, size, norm=norm).to_empty(device="cpu").eval()
+        for x in net.parameters():
+            nn.init.constant_(x, 0.01)  # convolutions: any will do
+        randomise_batch_norm(net)
+        one, two = (m for m in net.modules() if isinstance(m, nn.Linear))
+        for m in (one, two):  # a few columns are enough, and soon drawn
+            nn.init.normal_(m.bias)
+            nn.init.normal_(m.weight[:, :64])
+        norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm1d)]
+        assert len(norms) == 2 * norm
+        with torch.no_grad():
+            flat = torch.randn(4, one.in_features)
+            hidden = flat @ one.weight.T + one.bias
+            hidden = (normalised(hidden, norms[0]) if norm else hidden).clamp(min=0)
+            want = hidden @ two.weight.T + two.bias
+            want = normalised(want, norms[1]) if norm else want
+            torch.testing.assert_close(net.classifier(flat), want, atol=1e-3, rtol=1e-4)
+            images = torch.rand(2, 3, size, size)
+            torch.testing.assert_close(net(images), net.classifier(net.features(images).flatten(1)))
+        assert (want < 0).any() and net.dim == two.out_features == want.shape[1]
+
+
+@pytest.mark.parametrize("arch", common.ARCHS)
+def test_norm_leaves_the_names_of_the_weights(arch):
+    """Every weight of norm=False is there under its name and in its shape; ResNets do not change at all."""
+    size = 224 if arch == "alexnet" else 32
+    plain, normed = (on_meta(arch, 3, size, norm=norm).state_dict() for norm in (False, True))
+    assert {k: v.shape for k, v in plain.items()}.items() <= {k: v.shape for k, v in normed.items()}.items()
+    more = [k for k in normed if k not in plain]
+    assert len(more) == (0 if arch.startswith("resnet") else 10) and all("classifier" in k for k in more)
+
+
+def test_embedding_by_hand():
+    """W max(x, 0) + b divided by its length: unit length, float32, under autocast too."""
+    torch.manual_seed(0)
+    embedding, x = common.Embedding(9, 4), torch.randn(20, 9)
+    with torch.no_grad():
+        embedding.linear.bias.normal_()
+        want = np.maximum(x.numpy(), 0) @ embedding.linear.weight.numpy().T + embedding.linear.bias.numpy()
+        want /= np.sqrt((want**2).sum(1, keepdims=True))
+        np.testing.assert_allclose(embedding(x), want, atol=1e-6)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = embedding(x)
+    assert low.dtype == torch.float32 and embedding(x).shape == (20, 4)
+    torch.testing.assert_close(low.norm(dim=1), torch.ones(20), atol=1e-6, rtol=0)
+    np.testing.assert_allclose(low, want, atol=0.02)
+    x.requires_grad_()
+    common.Embedding(9, 4)(x)[:, 0].sum().backward()
+    assert (x.grad[x <= 0] == 0).all() and (x.grad[x > 0] != 0).all()
+
+
+def test_batch_norm_filled_from_one_batch():
+    """Mean and unbiased variance of the batch at every layer, by loops; nothing kept of what was there."""
+    torch.manual_seed(0)
+    stem = [
+        nn.Conv2d(2, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.Conv2d(3, 4, 2),
+        nn.BatchNorm2d(4, momentum=None),
+    ]
+    net = nn.Sequential(
+        *stem, nn.Flatten(), nn.Linear(16, 5), nn.BatchNorm1d(5, momentum=0.01), nn.Linear(5, 2)
+    )
+    randomise_batch_norm(net).eval()
+    before = copy.deepcopy(net).double()
+    images = torch.randn(12, 2, 5, 5) * 3 + 1
+    with torch.no_grad():
+        common.fill_batch_norm(net, images)
+        x, seen = images.double(), 0
+        for module, filled in zip(before, net, strict=True):
+            if not isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                x = module(x)
+                continue
+            y = x.clone()
+            for c in range(x.shape[1]):
+                values = x[:, c].flatten().tolist()
+                mean = sum(values) / len(values)
+                square = sum((v - mean) ** 2 for v in values)
+                assert filled.running_mean[c].item() == pytest.approx(mean, abs=1e-5)
+                assert filled.running_var[c].item() == pytest.approx(square / (len(values) - 1), rel=1e-4)
+                y[:, c] = (x[:, c] - mean) / math.sqrt(square / len(values) + module.eps)
+                y[:, c] = y[:, c] * module.weight[c] + module.bias[c]
+                seen += 1
+            x = y
+    assert seen == 12
+    for a, b in zip(net.parameters(), before.parameters(), strict=True):
+        assert torch.equal(a, b.float()) and a.grad is None
+
+
 def test_initialisation():
     """Convolutions N(0, sqrt(2/(k*k*out))), linear layers N(0, 0.01), biases 0."""
     torch.manual_seed(0)
@@ -204,15 +319,16 @@ def test_extract_gives_centre_crop_features_in_order():
 # --------------------------------------------------------------------------- backbone.pt
 
 
-def write_backbone(path, net, arch, channels, sobel):
+def write_backbone(path, net, arch, channels, sobel, **more):
     data = SimpleNamespace(name="x", channels=channels, mean=(0.5,) * channels, std=(0.2,) * channels)
-    common.save_backbone(path, net, arch, size=32, resize=32, sobel=sobel, data=data, method="test")
+    common.save_backbone(path, net, arch, size=32, resize=32, sobel=sobel, data=data, method="test", **more)
 
 
 @pytest.mark.parametrize(
     "arch, options",
     [
         ("lenet5", {}),
+        ("lenet5", {"norm": True}),
         ("alexnet-small", {"sobel": True}),
         ("alexnet-small", {"dropout": 0.0}),
         ("resnet18", {"sobel": True}),
@@ -230,6 +346,7 @@ def test_backbone_file_round_trip(arch, options, tmp_path):
     for path in (tmp_path, tmp_path / "backbone.pt"):
         again, meta = common.load_backbone(path)
         assert not again.training and meta["arch"] == arch and meta["mean"] == [0.5] * channels
+        assert again.embedding is None and meta["norm"] is options.get("norm", False)
         with torch.no_grad():
             torch.testing.assert_close(again(x), net.eval()(x), atol=0, rtol=0)
 
@@ -253,3 +370,59 @@ def test_files_that_are_no_backbone(tmp_path):
         torch.save(state, tmp_path / "backbone.pt")
         with pytest.raises(ValueError):
             common.load_backbone(tmp_path)
+
+
+def test_backbone_file_with_an_embedding(tmp_path):
+    """The linear layer comes back as what follows the features: ReLU, linear, unit length, by hand."""
+    torch.manual_seed(2)
+    net, linear, x = backbone("lenet5", 1, 32, norm=True), nn.Linear(84, 7), torch.randn(6, 1, 32, 32)
+    net.train()(x)  # moves the batch-norm statistics
+    write_backbone(tmp_path / "backbone.pt", net, "lenet5", 1, False, embedding=linear)
+    again, meta = common.load_backbone(tmp_path)
+    assert meta["norm"] is True and not any(m.training for m in again.modules())
+    with torch.no_grad():
+        features = net.eval()(x)
+        torch.testing.assert_close(again(x), features, atol=0, rtol=0)
+        assert (features > 0).any() and (features < 0).any()
+        want = features.clamp(min=0) @ linear.weight.T + linear.bias
+        want /= want.square().sum(1, keepdim=True).sqrt()
+        torch.testing.assert_close(again.embedding(again(x)), want, atol=1e-6, rtol=0)
+
+
+def test_damaged_embeddings_are_refused(tmp_path):
+    """No dictionary, a part missing or in the wrong shape: ValueError with the file's name."""
+    path, weight, bias = tmp_path / "some.pt", torch.zeros(7, 84), torch.zeros(7)
+    write_backbone(path, backbone("lenet5", 1, 32), "lenet5", 1, False, embedding=nn.Linear(84, 7))
+    good = common.load_file(path)
+    assert common.load_backbone(path)[0].embedding is not None
+    for bad in (
+        None,
+        [weight, bias],
+        {},
+        {"weight": weight},
+        {"bias": bias},
+        {"weight": weight[:, 1:], "bias": bias},
+        {"weight": weight[1:], "bias": bias},
+        {"weight": weight, "bias": bias[0]},
+        {"weight": weight, "bias": bias, "more": bias},
+        {"weight": "none", "bias": bias},
+    ):
+        torch.save({**good, "embedding": bad}, path)
+        with pytest.raises(ValueError) as error:
+            common.load_backbone(path)
+        assert str(path) in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_older_backbone_files_load(tmp_path):
+    """Files from before norm and pool: neither is in meta, and the network is the plain one."""
+    torch.manual_seed(3)
+    net, x = backbone("lenet5", 1, 32).eval(), torch.randn(4, 1, 32, 32)
+    write_backbone(tmp_path / "backbone.pt", net, "lenet5", 1, False)
+    saved = common.load_file(tmp_path / "backbone.pt")
+    assert "embedding" not in saved
+    del saved["meta"]["norm"], saved["meta"]["pool"]
+    torch.save(saved, tmp_path / "backbone.pt")
+    again, _ = common.load_backbone(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), net(x), atol=0, rtol=0)
+    assert again.embedding is None
