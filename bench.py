@@ -287,8 +287,11 @@ def bench_aggregation(device, quick):
         bank = common.unit(torch.randn(n, d, generator=common.generator("bank"))).to(device)
         v = common.unit(blobs(b, d, device)).requires_grad_()
         index, m = torch.randperm(n, generator=common.generator("index"))[:b].to(device), min(10_000, n // 50)
-        clusterings = torch.randint(m, (3, n), generator=common.generator("clusters")).int().to(device)
+        h = 3 if n <= 50_000 else 10
+        clusterings = torch.randint(m, (h, n), generator=common.generator("clusters")).int().to(device)
         noise = torch.randint(n, (b, k), generator=common.generator("noise")).to(device)
+        args = local_aggregation.options(["--batch-size", str(b), "--noise", str(k)])
+        args.ir_loss = "softmax" if n <= local_aggregation.EXACT else "nce"
 
         def aggregate():
             similarity, ids, _ = local_aggregation.background(v, bank, index, k)
@@ -301,14 +304,11 @@ def bench_aggregation(device, quick):
                 (part @ bank.T).topk(k)
 
         rounds = 5 if n <= 50_000 or device.type == "cuda" else 1
-        yield row(f"Local Aggregation N={n:,}: v to loss to v", race(aggregate, plain, device, rounds), "<= 2",
+        yield row(f"Local Aggregation N={n:,} H={h}: v to loss to v", race(aggregate, plain, device, rounds), "<= 2",
                   note="against the product bank @ v and its top 4096")  # fmt: skip
 
         def recognise():
-            if n <= local_aggregation.EXACT:
-                each = local_aggregation.instance_softmax(v, bank, index, 0.07)
-            else:
-                each = local_aggregation.instance_loss(v, bank, index, noise, 0.07, local_aggregation.Z * n)
+            each = local_aggregation.recognise(v, bank, index, 0, 0, args)  # nce: draws its noise, too
             each.mean().backward()
             local_aggregation.update_bank(bank, index, v)
 
@@ -317,10 +317,11 @@ def bench_aggregation(device, quick):
                 v.detach() @ bank.T if n <= local_aggregation.EXACT else bank[noise] @ v.detach()[:, :, None]
             )
 
-        what = "softmax" if n <= local_aggregation.EXACT else "nce"
         seconds = race(recognise, product, device, 5)
         yield row(
-            f"instance recognition N={n:,}, {what}: v to loss to v", seconds, note="against its product"
+            f"instance recognition N={n:,}, {args.ir_loss}: v to loss to v",
+            seconds,
+            note="against its product",
         )
 
 

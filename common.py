@@ -204,7 +204,8 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        var, mean = (m.double() for m in torch.var_mean(x, [0, *range(2, x.ndim)], correction=0))
+        wide = x.to(self.running_mean.dtype)  # under autocast x may be bf16
+        var, mean = (m.double() for m in torch.var_mean(wide, [0, *range(2, x.ndim)], correction=0))
         moments = _SumOverProcesses.apply(torch.stack([mean, var + mean**2])) / processes()  # (2, C)
         mean, var = moments[0], (moments[1] - moments[0] ** 2).clamp(min=0)
         with torch.no_grad():
@@ -212,10 +213,9 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
             self.running_var.lerp_((var * n / max(1, n - 1)).to(self.running_var), self.momentum)
-        scale = self.weight * (var + self.eps).rsqrt().to(x)  # (C,)
-        shift = self.bias - mean.to(x) * scale
-        scale, shift = (m.view(1, -1, *[1] * (x.ndim - 2)) for m in (scale, shift))
-        return x * scale + shift
+        terms = (mean, (var + self.eps).rsqrt() * self.weight, self.bias)  # (C,) each
+        mean, scale, shift = (t.to(wide).view(1, -1, *[1] * (x.ndim - 2)) for t in terms)
+        return ((wide - mean) * scale + shift).to(x.dtype)
 
 
 def synchronise(net):
@@ -310,6 +310,11 @@ def seed_all(*key):
     torch.default_generator.manual_seed(seed)  # torch.manual_seed costs 0.3 ms more, every step
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(seed)
+
+
+def learning_rate(lr, epoch, steps):
+    """lr divided by ten at each of the epochs `steps`; epoch: those done, 0, 1, .."""
+    return lr * 0.1 ** sum(epoch >= s for s in steps)
 
 
 def seed_step(seed, epoch, step):
@@ -946,7 +951,7 @@ class ResNet(torchvision.models.ResNet):
 
 
 class Embedding(nn.Module):
-    """ReLU, a linear layer, unit length: features (B, D) -> (B, dim) float32."""
+    """ReLU, a linear layer, unit length: features (B, D) -> (B, dim) float32; here, for load_backbone makes it anew."""
 
     def __init__(self, features, dim):
         super().__init__()
@@ -1329,6 +1334,12 @@ def cluster_sizes(assign, k):
     }
 
 
+def warn_if_trivial(sizes):
+    """Say so when one cluster holds most of the images; sizes as from cluster_sizes."""
+    if sizes["largest_share"] > 0.5:
+        say(f"WARNING: one cluster holds {sizes['largest_share']:.0%} of all images: a trivial solution")
+
+
 # --------------------------------------------------------------------------- run folder
 
 FILES = ["log.jsonl", "checkpoint.pt", "checkpoint.prev.pt", "backbone.pt"]
@@ -1562,7 +1573,7 @@ def save_backbone(path, net, arch, size, resize, sobel, data, method, embedding=
     if main_process():
         parts = {"state_dict": net} | ({"embedding": embedding} if embedding is not None else {})
         saved = {
-            name: {k: v.detach().cpu().clone() for k, v in part.state_dict().items()}
+            name: {k: v.detach().cpu().clone() for k, v in part.state_dict().items() if "embedding." not in k}
             for name, part in parts.items()
         }
         return save_file(path, {**saved, "meta": meta})
@@ -1586,14 +1597,14 @@ def load_backbone(path):
     if missing or meta["arch"] not in ARCHS:
         raise ValueError(f"{path}: its network cannot be rebuilt, meta lacks {missing or 'a known arch'}")
     shape = (meta["arch"], meta["channels"], meta["image_size"], meta["sobel"])
-    net = backbone(*shape, pool=meta.get("pool", False), norm=meta.get("norm", False))
+    net = backbone(*shape, pool=bool(meta.get("pool")), norm=bool(meta.get("norm")))
     try:
         net.load_state_dict(saved["state_dict"])
         net.embedding = None
         if "embedding" in saved:
             net.embedding = Embedding(net.dim, len(saved["embedding"]["bias"]))
             net.embedding.linear.load_state_dict(saved["embedding"])
-    except (RuntimeError, KeyError, TypeError) as error:
+    except (RuntimeError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path}: weights do not fit {meta['arch']} ({_short(error)})") from None
     return net.eval(), meta
 

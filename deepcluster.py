@@ -92,6 +92,7 @@ from common import (
     stop,
     to_device,
     unit,
+    warn_if_trivial,
     whiten,
 )
 
@@ -535,12 +536,6 @@ def main():
     labelled = "" if data.labels is not None else " --data LABELLED"
     say(f"evaluate the features: python eval_linear.py {run.out}{labelled}")
     run.finish()
-
-
-def warn_if_trivial(sizes):
-    """The paper's trivial parametrization [3.3]: most images in one cluster."""
-    if sizes["largest_share"] > 0.5:
-        say(f"WARNING: one cluster holds {sizes['largest_share']:.0%} of all images: a trivial solution")
 
 
 def report(record, epochs):

@@ -73,6 +73,7 @@ from common import (
     generator,
     heartbeat,
     knn_accuracy,
+    learning_rate,
     leave,
     leave_if_asked,
     load_backbone,
@@ -314,11 +315,6 @@ def decayed_lr(lr, wd, t):
     return lr / math.sqrt(1 + lr * wd * t)
 
 
-def stepped_lr(lr, epoch, steps):
-    """lr divided by ten at each of the epochs `steps`; epoch: those done, 0, 1, .. [Local Aggregation, code]."""
-    return lr * 0.1 ** sum(epoch >= s for s in steps)
-
-
 def crop_and_flip(images, size, random, flip):
     """A size x size crop of each image (B, C, H, W), at random, mirrored with probability flip.
 
@@ -379,7 +375,7 @@ def train(net, pools, probes, optimizer, loader, order, epoch, args):
         for group in optimizer.param_groups:
             group["lr"] = decayed_lr(args.lr, group["weight_decay"], epoch * steps + step)
             if args.lr_steps is not None:
-                group["lr"] = stepped_lr(args.lr, epoch, args.lr_steps)
+                group["lr"] = learning_rate(args.lr, epoch, args.lr_steps)
         optimizer.zero_grad()
         loss.backward()
         mean, signal = heartbeat(loss)

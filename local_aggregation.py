@@ -15,7 +15,7 @@ The first --warm-up epochs, and all of them with --loss ir, learn instance recog
 one is this? loss = -log softmax(bank.v / tau) at the image's own row, or NCE's estimate of it.
 
 Symbols: N images, B batch (--batch-size, over all processes), D embedding size (--dim), H --clusterings,
-K --k (the paper's m: clusters in each), k --background, tau --temperature.
+K --k (the paper's m: clusters in each), k --background, m --noise, tau --temperature.
 
     python local_aggregation.py                                     laptop: digits, no download, no GPU
     python local_aggregation.py --loss ir                           the baseline: instance recognition alone
@@ -78,6 +78,7 @@ from common import (
     kmeans,
     knn_accuracy,
     label_scores,
+    learning_rate,
     leave,
     load_data,
     nmi,
@@ -95,6 +96,7 @@ from common import (
     synchronise,
     to_device,
     unit,
+    warn_if_trivial,
 )
 
 # --------------------------------------------------------------------------- recipes and options
@@ -117,7 +119,8 @@ RECIPES = {
 }  # fmt: skip
 RECIPES["imagenet"] = RECIPES["imagenet-resnet18"]
 RECIPES["mnist"] = {**RECIPES["fashionmnist"], "flip": False, "crop_area": 0.5}
-RECIPES["cifar100-20"] = RECIPES["svhn"] = RECIPES["stl10"] = RECIPES["cifar10"]
+RECIPES["cifar100-20"] = RECIPES["stl10"] = RECIPES["cifar10"]
+RECIPES["svhn"] = {**RECIPES["cifar10"], "flip": False}
 EXACT = 2**17  # images up to which instance recognition's softmax runs over the whole bank
 
 
@@ -132,7 +135,7 @@ def options(argv=None):
     g.add_argument("--data", default=default_data(), help=f"{', '.join(DATASETS)}, or a folder of images: train/ and val/, one folder per class, or unlabelled")
     g.add_argument("--root", default="data", help="where named data sets lie or are downloaded to")
     g.add_argument("--arch", choices=ARCHS, help="network")
-    g.add_argument("--k", type=int, help="clusters in each clustering, the paper's m [3, 4]; 50 to 100 images in each is usual")
+    g.add_argument("--k", type=int, help="clusters in each clustering, the paper's m [3, 4]; the recipes have 40 to 130 images in each")
     g.add_argument("--epochs", type=int, help="passes over the data, those of --warm-up among them; a longer run may continue a finished one")
     g.add_argument("--batch-size", type=int, help="images per step, over all processes [4]")
     g.add_argument("--lr", type=float, help="learning rate at the start [4]")
@@ -159,7 +162,7 @@ def options(argv=None):
     g.add_argument("--dim", type=int, default=128, help="D, numbers in an embedding [4]")
     g.add_argument("--cluster-every", type=int, default=0, metavar="STEPS", help="steps between clusterings; 0: once an epoch [supplementary 3]")
     g.add_argument("--cluster-on", choices=["bank", "centre-crop"], default="bank", help="embeddings to cluster: the bank's, or fresh ones of centre crops [supplementary 3]")
-    g.add_argument("--ir-loss", choices=["auto", "softmax", "nce"], default="auto", help=f"instance recognition over the whole bank, or its estimate from --noise images; auto: softmax up to {EXACT:,} images")
+    g.add_argument("--ir-loss", choices=["auto", "softmax", "nce"], default="auto", help=f"instance recognition over the whole bank, or its estimate from --noise images; auto: softmax up to {EXACT:,} images (its matrices are B x N)")
     g.add_argument("--noise", type=int, default=4096, help="noise images for each image in nce; far fewer than there are images [Wu et al.]")
     g.add_argument("--lr-steps", type=int, nargs="*", help="epochs after which the learning rate is divided by ten [code]")
     g.add_argument("--momentum", type=float, default=0.9, help="of SGD [4]")
@@ -202,6 +205,10 @@ def options(argv=None):
         p.error("--temperature must be above 0, --bank-momentum in 0..1")
     if not 0 < args.crop_area <= 1:
         p.error("--crop-area must lie in 0..1 (0 excluded)")
+    if args.batch_size < 2:
+        p.error("--batch-size must be at least 2: batch norm compares images")
+    if any(s < 1 for s in args.lr_steps):
+        p.error("--lr-steps must be at least 1")
     if args.resize < args.image_size:
         p.error(f"--resize {args.resize} is smaller than --image-size {args.image_size}")
     return args
@@ -213,6 +220,7 @@ def options(argv=None):
 def make_net(args, channels):
     """(trunk, net): images (B, C, S, S) -> unit embeddings (B, D). No dropout, no Sobel [4, code]."""
     trunk = backbone(args.arch, channels, args.image_size, dropout=0.0, pool=True, norm=True)
+    # PyTorch's start instead of N(0, 0.01): what has unit length turns the faster, the smaller the weights.
     for module in trunk.modules():
         if isinstance(
             module, nn.Linear
@@ -234,28 +242,30 @@ def parameter_groups(net, wd):
 # --------------------------------------------------------------------------- the algorithm
 # Rows of the bank (N, D) and embeddings v (B, D) have unit length; gradients flow through v alone.
 # Every process holds the whole bank: it is searched at every step, and what a step changes, B rows, is next
-# to nothing to send. float32 at D = 128: 0.66 GB for ImageNet's 1,281,167 images, 51 GB for 100 million.
-# Shards would save that, at the price of B x k x processes candidates to exchange in every step.
+# to nothing to send. float32 at D = 128: 0.66 GB for ImageNet's 1,281,167 images, 51 GB for 100 million (and
+# as much again while kNN is validated), clusterings 4 H N bytes: 51 MB and 4 GB at H = 10. Shards would save
+# that, at the price of B x k x processes candidates to exchange in every step.
 
 
 def instance_softmax(v, bank, index, tau):
     """Instance recognition: -log softmax over all N images at the own one, (B,) [Wu et al. 3.1].
 
     v (B, D), bank (N, D), index (B,) rows of the images themselves. About three (B, N) matrices exist at
-    once: 0.2 GB for B = 128 and N = 131,072.
+    once: 0.2 GB for B = 128 and N = 131,072, 2 GB for ImageNet.
     """
     return F.cross_entropy(v @ bank.T / tau, index, reduction="none")
 
 
-def instance_loss(v, bank, index, noise, tau, z):
+def instance_loss(v, bank, index, noise, tau, normaliser):
     """Instance recognition by noise-contrastive estimation, (B,) [Wu et al. 3.2].
 
-    v (B, D), bank (N, D), index (B,) rows of the images themselves, noise (B, m) rows drawn from all N.
-    p(j) = exp(bank_j.v / tau) / z; h(j) = p(j) / (p(j) + m/N), the odds that j is the image and no noise;
-    loss = -log h(index) - sum over noise of log(1 - h(j)).
+    v (B, D), bank (N, D), index (B,) rows of the images themselves, noise (B, m) rows drawn from all N; m is
+    --noise (not Local Aggregation's m). p(j) = exp(bank_j.v / tau) / normaliser; h(j) = p(j) / (p(j) + m/N),
+    the probability that j is the image and no noise; loss = -log h(index) - sum over noise of log(1 - h(j)).
+    The rows of the noise, (B, m, D), are 0.27 GB for B = 128 and m = 4096.
     """
     n, m = len(bank), noise.shape[1]
-    offset = math.log(z * m / n)  # in log space, for exp(1 / 0.07) is 1.6 million
+    offset = math.log(normaliser * m / n)  # in log space, for exp(1 / 0.07) is 1.6 million
     own = (v * bank[index]).sum(1) / tau - offset  # (B,) log of p / (m/N)
     other = torch.einsum("bmd,bd->bm", bank[noise], v) / tau - offset  # (B, m)
     return F.softplus(-own) + F.softplus(other).sum(1)
@@ -310,25 +320,32 @@ def update_bank(bank, index, v, momentum=0.5):
     bank[index] = unit(torch.where(gone, v, mixed))
 
 
-def learning_rate(lr, epoch, steps):
-    """lr divided by ten at each of the epochs `steps` [code]; epoch: those done, 0, 1, .."""
-    return lr * 0.1 ** sum(epoch >= s for s in steps)
-
-
 # --------------------------------------------------------------------------- one epoch
 
 Z = 2876934.2 / 1281167  # NCE's normaliser for each image, a constant of the released code
 JITTER = {"jitter": (0.4, 0.4, 0.4, 0.4), "grey": 0.2}
 
 
+def clustering(z, args, *key):
+    """k-means of the embeddings z (n, D) of this process, from a start of its own for every key."""
+    try:
+        return kmeans(z, args.k, gen=generator(args.seed, *key))
+    except ValueError as error:  # NaN; the same on all processes
+        refuse(f"{error}", 1)
+
+
 def cluster(net, loader, bank, args, *key):
     """H clusterings of all embeddings, (H, N) int32, each from another start."""
-    first, last = shard(len(bank))
-    z = bank[first:last]
+    z = bank[slice(*shard(len(bank)))]
     if args.cluster_on == "centre-crop":
-        z = extract(net, loader, torch.arange(first, last), args.amp)
-    starts = [generator(args.seed, *key, "k-means", h) for h in range(args.clusterings)]
-    return torch.stack([gather(kmeans(z, args.k, gen=start).assign).int() for start in starts])
+        z = embed(net, loader, args)
+    found = [clustering(z, args, *key, "k-means", h) for h in range(args.clusterings)]
+    return torch.stack([gather(c.assign).int() for c in found])
+
+
+def embed(net, loader, args):
+    """Embeddings (n, D) of the centre crops of this process's images."""
+    return extract(net, loader, torch.arange(*shard(len(loader.data))), args.amp)
 
 
 def recognise(v, bank, index, epoch, step, args):
@@ -349,7 +366,8 @@ def train(net, optimizer, loader, bank, clusterings, epoch, start, end, sums, ar
     batches = enumerate(loader.epoch(epoch, [view], start=start, stop=end), start)
     net.train()
     for step, (index, (images,)) in progress(batches, end - start, f"epoch {epoch + 1}"):
-        index, watched = index.to(bank.device), bank.new_zeros(3).unbind()
+        index = index.to(bank.device)
+        watched = bank.new_zeros(3).unbind()
         with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
             v = net(images)  # (b, D) float32, unit length from here on
         if clusterings is None:
@@ -372,12 +390,13 @@ def train(net, optimizer, loader, bank, clusterings, epoch, start, end, sums, ar
     return end, sums, 0
 
 
-def validate(net, test_loader, bank, train_data, args):
-    """{"1": .., "200": ..}: share of test images whose class the nearest rows of the bank tell [4]."""
-    mine = torch.arange(*shard(len(test_loader.data)))
-    v = extract(net, test_loader, mine, args.amp)  # (n, D) of this process
-    target, labels = test_loader.data.labels[mine], train_data.labels
-    return knn_accuracy(v, target, bank, labels, len(train_data.classes))
+def validate(queries, test, bank, train):
+    """{"1": .., "200": ..}: share of test images whose class their nearest rows of the bank tell [4].
+
+    queries (n, D) embeddings of this process's test images, bank (N, D).
+    """
+    target = test.labels[slice(*shard(len(test)))]
+    return knn_accuracy(queries, target, bank, train.labels, len(train.classes))
 
 
 # --------------------------------------------------------------------------- main
@@ -385,16 +404,10 @@ def validate(net, test_loader, bank, train_data, args):
 
 def untrained_accuracy(net, loader, test_loader, args):
     """kNN of the network as it starts, its batch norm filled from 256 images, in a bank of centre crops."""
-    net = copy.deepcopy(net)
-    fill_batch_norm(
-        net, next(loader.fixed(torch.arange(min(256, len(loader.data))), batch_size=256))[1][:, 0]
-    )
-    return validate(net, test_loader, embed_all(net, loader, args), loader.data, args)
-
-
-def embed_all(net, loader, args):
-    """Embeddings (N, D) of the centre crops of all images, on every process."""
-    return gather(extract(net, loader, torch.arange(*shard(len(loader.data))), args.amp))
+    net, some = copy.deepcopy(net), torch.arange(min(256, len(loader.data)))
+    fill_batch_norm(net, next(loader.fixed(some, batch_size=256))[1][:, 0])
+    bank = gather(embed(net, loader, args))
+    return validate(embed(net, test_loader, args), test_loader.data, bank, loader.data)
 
 
 def check(args, data):
@@ -409,6 +422,12 @@ def check(args, data):
     if args.background > n and args.loss == "la":
         say(f"--background {args.background} is more than the {n} images: all of them are background")
     args.background = min(args.background, n)
+    if args.loss == "la" and args.epochs <= args.warm_up:
+        say(f"WARNING: all {args.epochs} epochs are warm-up: instance recognition alone")
+    if args.lr_steps and min(args.lr_steps) >= args.epochs:
+        say(
+            f"note: the learning rate first falls after epoch {min(args.lr_steps)}, that is never; see --lr-steps"
+        )
     if args.ir_loss == "auto":
         args.ir_loss = "softmax" if n <= EXACT else "nce"
     if args.ir_loss == "nce" and args.noise >= n:
@@ -429,10 +448,8 @@ def main():
     test_loader = Loader(test, args.batch_size, *rest) if labelled else None
     seed_all(args.seed, "weights")
     trunk, net = make_net(args, data.channels)
-    net = synchronise(to_device(net, device))
+    to_device(net, device)
     optimizer = torch.optim.SGD(parameter_groups(net, args.wd), args.lr, args.momentum, fused=True)
-    trained = parallel(torch.compile(net) if args.compile else net)
-
     run = Run(args, may_differ=("epochs",))
     epoch, step, sums, record, clusterings, untrained = 0, 0, [0.0] * 4, {}, None, None
     if run.state:
@@ -446,12 +463,18 @@ def main():
         if state["finished"] and epoch >= args.epochs:
             say(f"{args.out} is finished after {epoch} epochs; its last lines: {args.out}/log.jsonl")
             leave()
+        run.state = state = None  # its copy of the bank
         say(f"going on from epoch {epoch + 1}, step {step} of {args.out}")
         run.log({"resumed": True, "epoch": epoch, "step": step})
     else:
         run.first_record(args, device, data)
         bank = unit(torch.randn(len(data), args.dim, generator=generator(args.seed, "bank"))).to(device)
-        untrained = untrained_accuracy(net, loader, test_loader, args) if labelled else None
+        if labelled:
+            say("embedding all images with the untrained network, to compare with")
+            untrained = untrained_accuracy(net, loader, test_loader, args)
+
+    net = synchronise(net)
+    trained = parallel(torch.compile(net) if args.compile else net)
 
     def save(finished=False):
         """Everything there is to the method's state, and the network on its own."""
@@ -477,19 +500,21 @@ def main():
     steps = loader.steps()
     every = args.cluster_every or steps
     while epoch < args.epochs:
-        began, clustering, first = time.time(), 0.0, step
+        began, seconds, first = time.time(), 0.0, step
         aggregate = args.loss == "la" and epoch >= args.warm_up
         lr = learning_rate(args.lr, epoch, args.lr_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         record = record if step else {"epoch": epoch + 1, "phase": "la" if aggregate else "ir", "lr": lr}
         while step < steps:
-            position, end = epoch * steps + step, steps
-            if aggregate and (clusterings is None or position % every == 0):
+            position, end = (epoch - args.warm_up) * steps + step, steps
+            if aggregate and position % every == 0:
                 start, before = time.time(), clusterings
                 clusterings = cluster(net, loader, bank, args, epoch, step)
                 record |= describe(clusterings, before, data.labels, args.k)
-                clustering += time.time() - start
+                if args.k > 1:
+                    warn_if_trivial(record)
+                seconds += time.time() - start
             if aggregate:
                 end = min(steps, step + every - position % every)
             step, sums, signal = train(
@@ -498,19 +523,17 @@ def main():
             if signal:
                 stop(signal, save, f"step {step} of epoch {epoch + 1}")
         trained_at = time.time()
-        means = [x / steps for x in sums]
-        chance = means[3] if aggregate else recognise_nothing(bank, args)
-        record |= {"loss": means[0], "chance": chance}  # chance: the loss if all similarities were equal
-        record |= {"close": means[1], "outside": means[2]} if aggregate else {}
-        record |= {"knn": validate(net, test_loader, bank, data, args)} if labelled else {}
-        training = trained_at - began - clustering
+        loss, close, outside, chance = (x / steps for x in sums)
+        chance = chance if aggregate else recognise_nothing(bank, args)
+        record |= {"loss": loss, "chance": chance}  # chance: the loss if all similarities were 0
+        record |= {"close": close, "outside": outside} if aggregate else {}
+        if labelled:
+            record["knn"] = validate(embed(net, test_loader, args), test, bank, data)
+        seconds = {"clustering": seconds, "training": trained_at - began - seconds}
+        seconds["validation"] = time.time() - trained_at
         record |= {
-            "images_per_second": (step - first) * args.batch_size / max(1e-9, training),
-            "seconds": {
-                "clustering": clustering,
-                "training": training,
-                "validation": time.time() - trained_at,
-            },
+            "images_per_second": (step - first) * args.batch_size / max(1e-9, seconds["training"]),
+            "seconds": seconds,
             "bad_files": len(loader.bad),
         }
         epoch, step, sums = epoch + 1, 0, [0.0] * 4
@@ -518,41 +541,40 @@ def main():
         report(record, args.epochs)
         if epoch % args.save_every == 0 or epoch == args.epochs:
             save()
-    finish(run, net, loader, test_loader, bank, untrained, args)
+    finish(run, net, loader, test_loader, epoch, record.get("knn"), untrained, args)
     save(finished=True)
     run.finish()
 
 
-def finish(run, net, loader, test_loader, bank, untrained, args):
+def finish(run, net, loader, test_loader, epochs, knn, untrained, args):
     """Cluster the trained network's embeddings of centre crops once, write what the run leaves behind."""
-    data, z = loader.data, embed_all(net, loader, args)
-    first, last = shard(len(data))
-    found = kmeans(z[first:last], args.k, gen=generator(args.seed, "final", "k-means"))
+    data, z = loader.data, embed(net, loader, args)
+    found = clustering(z, args, "final", "k-means")
     assign, distance = gather(found.assign).cpu(), gather(found.distance).cpu()
-    result = {"epochs": args.epochs, **cluster_sizes(assign, args.k), **label_scores(data.labels, assign)}
+    result = {"epochs": epochs, **cluster_sizes(assign, args.k), **label_scores(data.labels, assign)}
+    if args.k > 1:
+        warn_if_trivial(result)
     if test_loader:
-        result["knn"] = validate(net, test_loader, bank, data, args)
-        result["knn_centre_crops"] = validate(net, test_loader, z, data, args)  # a bank made by one network
-        result["knn_untrained"] = untrained
+        now = validate(embed(net, test_loader, args), test_loader.data, gather(z), data)
+        result |= {"knn": knn, "knn_centre_crops": now, "knn_untrained_centre_crops": untrained}
     run.log({"result": result, "minutes": run.minutes()})
     save_assignments(run.out / "assignments.csv", data, assign)
     save_pictures(run.out / "clusters.png", loader, assign, distance)
     if test_loader:
-        three = (percent(result[name]) for name in ("knn_untrained", "knn", "knn_centre_crops"))
-        say("kNN of {} test images, K=1 / K=200: {} untrained, {} now, {} in a bank of centre crops".format(
-            len(test_loader.data), *three))  # fmt: skip
+        say(f"kNN of {len(test_loader.data)} test images, with 1 / 200 neighbours: in a bank of centre crops "
+            f"{percent(untrained)} untrained, {percent(now)} now; in the memory bank {percent(knn)}")  # fmt: skip
     say(f"which image is in which cluster: {run.out}/assignments.csv and clusters.png")
     labelled = "" if data.labels is not None else " --data LABELLED"
     say(f"evaluate the features: python eval_linear.py {run.out}{labelled}")
 
 
 def recognise_nothing(bank, args):
-    """Instance recognition's loss if all similarities were equal: ln N, or what NCE makes of it."""
+    """Instance recognition's loss if all similarities were 0: ln N, or what NCE makes of it."""
     if args.ir_loss == "softmax":
         return math.log(len(bank))
-    nobody = torch.zeros(1, args.noise, dtype=torch.int64, device=bank.device)
-    nothing = bank.new_zeros(1, bank.shape[1])
-    return instance_loss(nothing, bank, nobody[:, 0], nobody, args.temperature, Z * len(bank)).item()
+    ids = torch.zeros(1, args.noise, dtype=torch.int64, device=bank.device)
+    zero = bank.new_zeros(1, bank.shape[1])
+    return instance_loss(zero, bank, ids[:, 0], ids, args.temperature, Z * len(bank)).item()
 
 
 def describe(clusterings, before, labels, k):
@@ -563,7 +585,7 @@ def describe(clusterings, before, labels, k):
 
 
 def percent(knn):
-    """K=1 and K=200 accuracy as text."""
+    """Accuracy with 1 and with 200 neighbours as text."""
     return f"{100 * knn['1']:.1f} / {100 * knn['200']:.1f} %"
 
 

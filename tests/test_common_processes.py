@@ -161,7 +161,7 @@ common.leave()
 
 
 def test_heartbeat_means_of_others(launch):
-    """Loss first, then the mean of every other value in its place, the signal last; NaN among them goes on."""
+    """Loss first, then the mean of every other value in its place, the signal last; NaN there goes on."""
     run = launch(
         SETUP
         + """
@@ -307,13 +307,16 @@ def two_dimensional():
 
 def both():
     stem = [nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Softplus(), nn.Flatten(), nn.Linear(64, 6)]
-    return randomise(nn.Sequential(*stem, nn.BatchNorm1d(6, eps=0.05, momentum=0.2), nn.Softplus(), nn.Linear(6, 5)))
+    tail = [nn.BatchNorm1d(6, eps=0.05, momentum=0.2), nn.Softplus(), nn.Linear(6, 5)]
+    return randomise(nn.Sequential(*stem, *tail))
 
 def maps(n):
-    return torch.randn(n, 3, 6, 6) * torch.linspace(0.3, 2, n).view(n, 1, 1, 1) + torch.linspace(-1, 2, n).view(n, 1, 1, 1)
+    scale, shift = (torch.linspace(a, 2, n).view(n, 1, 1, 1) for a in (0.3, -1))
+    return torch.randn(n, 3, 6, 6) * scale + shift
 
 def rows_only():
-    return randomise(nn.Sequential(nn.Linear(7, 6), nn.BatchNorm1d(6, eps=0.1), nn.Softplus(), nn.Linear(6, 5)))
+    norm = nn.BatchNorm1d(6, eps=0.1)
+    return randomise(nn.Sequential(nn.Linear(7, 6), norm, nn.Softplus(), nn.Linear(6, 5)))
 
 def rows(n):
     return torch.randn(n, 7) + torch.linspace(-1, 2, n)[:, None]
@@ -330,7 +333,8 @@ def train(net, wrapped, batches, part):
 
 def cases(world):
     # A network, its two batches, and the dtype; the last one has one row on every process.
-    for i, (make, data, n) in enumerate([(two_dimensional, maps, 12), (both, maps, 12), (rows_only, rows, 6), (rows_only, rows, world)]):
+    kinds = [(two_dimensional, maps, 12), (both, maps, 12), (rows_only, rows, 6), (rows_only, rows, world)]
+    for i, (make, data, n) in enumerate(kinds):
         for dtype in (torch.float32, torch.float64):
             torch.manual_seed(i)
             net = make().to(dtype)
@@ -428,7 +432,7 @@ common.leave()
 
 
 def test_synchronised_networks_evaluate_and_save_as_before(launch):
-    """Evaluation takes the running statistics, for any number of rows; keys stay, a plain network loads them."""
+    """Evaluation takes the running statistics, for any number of rows; a plain network loads the same keys."""
     run = launch(
         SETUP
         + NETWORKS

@@ -395,7 +395,7 @@ def test_la_schedules_and_crops_are_the_papers():
         assert la_arguments(arch, data="data/Places205").crops == "alexnet"
     given = la_arguments("alexnet", "--epochs", "3", "--lr-steps", "1", "--crops", "centre")
     assert (given.epochs, given.lr_steps, given.crops, given.ten_crops) == (3, [1], "centre", False)
-    assert [eval_linear.stepped_lr(1.0, e, [11, 41]) for e in (0, 10, 11, 40, 41, 50)] == pytest.approx(
+    assert [eval_linear.learning_rate(1.0, e, [11, 41]) for e in (0, 10, 11, 40, 41, 50)] == pytest.approx(
         [1, 1, 0.1, 0.1, 0.01, 0.01]
     )
 

@@ -205,14 +205,17 @@ def test_a_cluster_for_each_is_instance_recognition():
 
 
 def test_more_neighbours_or_less_background_lower_the_loss():
-    """More terms in the sum above, fewer in the sum below: never a larger loss."""
+    """More terms in the sum above, fewer in the sum below."""
     gen = torch.Generator().manual_seed(0)
-    similarity = torch.rand(200, 30, generator=gen, dtype=torch.float64) * 2 - 1
-    few, more = (torch.rand(200, 30, generator=gen) < p for p in (0.2, 0.3))
+    similarity = torch.rand(100, 30, generator=gen, dtype=torch.float64) * 2 - 1
+    few, more = (torch.rand(100, 30, generator=gen) < p for p in (0.2, 0.3))
     few[:, 0] = True
     loss = aggregation_loss(similarity, few, 0.07)
-    assert (aggregation_loss(similarity, few | more, 0.07) <= loss).all() and loss.min() >= 0
-    assert (aggregation_loss(similarity[:, :15], few[:, :15] | few[:, 15:], 0.07) < loss).float().mean() > 0.9
+    with_more = aggregation_loss(similarity, few | more, 0.07)
+    assert (with_more <= loss).all() and (with_more < loss).sum() > 90 and with_more.min() >= 0
+    for row, close, before in zip(similarity, few, loss, strict=True):
+        kept = close | (torch.rand(30, generator=gen) < 0.5)
+        assert aggregation_loss(row[kept][None], close[kept][None], 0.07) < before
 
 
 def big_log_sum(similarities, tau):
@@ -244,7 +247,7 @@ def test_losses_in_float32_do_not_overflow(tau):
     }
     for name, loss in got.items():
         torch.testing.assert_close(
-            loss.detach(), torch.tensor(list(map(float, want[name]))), atol=1e-5, rtol=1e-5
+            loss.detach(), torch.tensor(list(map(float, want[name]))), atol=2e-7 / tau, rtol=1e-5
         )
         gradient = torch.autograd.grad(loss.sum(), v, retain_graph=True)[0]
         assert gradient.isfinite().all() and gradient.abs().max() > 1, name
@@ -351,9 +354,10 @@ def test_the_bank_mixes_old_and_new_and_keeps_unit_length(momentum):
     update_bank(bank, index, v.requires_grad_(), momentum)
     assert not bank.requires_grad
     for place, i in enumerate(index.tolist()):
-        mixed = [momentum * a + (1 - momentum) * b for a, b in zip(before[i], v[place], strict=True)]
+        pairs = zip(before[i].tolist(), v[place].tolist(), strict=True)
+        mixed = [momentum * old + (1 - momentum) * new for old, new in pairs]
         length = math.sqrt(sum(x * x for x in mixed))
-        assert bank[i].tolist() == pytest.approx([x.item() / length for x in mixed], abs=1e-6)
+        assert bank[i].tolist() == pytest.approx([x / length for x in mixed], abs=1e-6)
     others = [i for i in range(30) if i not in index.tolist()]
     assert torch.equal(bank[others], before[others])
 
@@ -440,7 +444,7 @@ def net_of(arch, size, channels=3, *more):
 
 
 @pytest.mark.parametrize(
-    ("arch", "size", "dim"), [("lenet5", 16, 84), ("alexnet-small", 16, 2048), ("resnet18", 32, 512)]
+    ("arch", "size", "dim"), [("lenet5", 16, 84), ("alexnet-small", 16, 2048), ("resnet18", 16, 512)]
 )
 def test_the_network_ends_in_128_numbers_of_unit_length(arch, size, dim):
     """Evaluation and training, float32 even where the network runs in bf16; ResNets average their map."""
@@ -580,7 +584,7 @@ def test_images_are_augmented_as_in_the_released_code():
 
 
 # The script, with what it does written down: which function was called when, the batches, clusterings,
-# noise, the bank after each epoch, the last embeddings; with RECORD_NET=linear on a linear network.
+# noise, the bank at the start and after each epoch, the last embeddings; with RECORD_NET=linear on a linear network.
 RECORD = """
 import os, sys, torch, common, local_aggregation as la
 from torch import nn
@@ -612,6 +616,9 @@ def epoch(self, number, *a, real=common.Loader.epoch, **k):
 def embed_all(*a, real=la.embed_all):
     seen["embeddings"] = real(*a)
     return seen["embeddings"]
+def train(net, optimizer, loader, bank, *a, real=la.train):
+    seen.setdefault("bank", bank.clone())
+    return real(net, optimizer, loader, bank, *a)
 def save(self, state, real=common.Run.save):
     seen["banks"].append(state["bank"].clone())
     real(self, state)
@@ -619,7 +626,8 @@ if os.environ.get("RECORD_NET") == "linear":
     la.make_net = make_net
 for name in ("instance_softmax", "instance_loss", "aggregation_loss"):
     watch(name)
-la.cluster, la.embed_all, common.Loader.epoch, common.Run.save = cluster, embed_all, epoch, save
+la.cluster, la.embed_all, la.train = cluster, embed_all, train
+common.Loader.epoch, common.Run.save = epoch, save
 try:
     la.main()
 finally:
@@ -635,53 +643,51 @@ def seen_by(job, rank=0):
     return torch.load(job.folder / f"seen.{rank}", weights_only=True)
 
 
-def softmax(x):
-    e = np.exp(x - x.max())
-    return e / e.sum()
+def share(e):
+    return e / e.sum(1, keepdims=True)
 
 
-def simulate(seen, nce, wd=0.05, momentum=0.9, mix=0.4, old_clusters=False, k=100, tau=0.1):
+def simulate(seen, nce=False, wd=0.05, momentum=0.9, mix=0.4, old_clusters=False, k=100, tau=0.1):
     """(W, b, bank) after all recorded steps and each epoch's means, from the formulas, in double precision."""
     W, c = (seen["start"][name].double().numpy() for name in ("weight", "bias"))
-    bank = torch.randn(N, 12, generator=local_aggregation.generator(0, "bank")).double().numpy()
-    bank /= np.linalg.norm(bank, axis=1, keepdims=True)
+    bank = seen["bank"].double().numpy()
     mW = mc = 0.0
     noise, means = iter(seen["noise"]), [[], [], []]
     for epoch, index, images in seen["batches"]:
-        index, r = index.numpy(), np.maximum(images.flatten(1).double().numpy(), 0)
+        own, r = index.numpy(), np.maximum(images.flatten(1).double().numpy(), 0)
         h = r @ W.T + c
         length = np.linalg.norm(h, axis=1, keepdims=True)
-        v = h / length
-        g, watched = np.zeros_like(v), []  # of the loss with respect to v
-        drawn = next(noise).numpy() if nce and epoch == 0 else None
-        for i, own in enumerate(index):
-            s = bank @ v[i] / tau
-            if drawn is not None:  # p / (p + m / N) is the odds that it is the image
-                p = np.exp(s) * 1281167 / (2876934.2 * N)
-                odds = p / (p + 30 / N)
-                g[i] = (odds[own] - 1) * bank[own] + odds[drawn[i]] @ bank[drawn[i]]
-                watched.append([-np.log(odds[own]) - np.log(1 - odds[drawn[i]]).sum()])
-            elif epoch == 0:
-                p = softmax(s)
-                g[i] = p @ bank - bank[own]
-                watched.append([-np.log(p[own])])
-            else:
-                near = np.argsort(-s)[:k]
-                outside = own not in near
-                near[-1] = own if outside else near[-1]
-                clusterings = seen["clusterings"][0 if old_clusters else epoch - 1].numpy()
-                close = near[(clusterings[:, near] == clusterings[:, [own]]).any(0)]
-                g[i] = softmax(s[near]) @ bank[near] - softmax(s[close]) @ bank[close]
-                loss = np.log(np.exp(s[near]).sum() / np.exp(s[close]).sum())
-                watched.append([loss, len(close), outside, np.log(k / len(close))])
-        means[epoch].append(np.mean(watched, 0))
-        g /= tau * len(index)
+        v, every = h / length, np.arange(len(own))
+        e, me = np.exp(v @ bank.T / tau), np.eye(N)[own]  # (B, N)
+        if nce and epoch == 0:  # p / (p + m / N): the odds that it is the image
+            p = e * 1281167 / (2876934.2 * N)
+            odds = p / (p + 30 / N)
+            drawn = next(noise).numpy()
+            pull = (odds - 1) * me  # gradient of the loss with respect to bank.v / tau
+            np.add.at(pull, (every[:, None], drawn), np.take_along_axis(odds, drawn, 1))
+            rest = np.log(1 - np.take_along_axis(odds, drawn, 1)).sum(1)
+            watched = [-np.log(odds[every, own]) - rest]
+        elif epoch == 0:
+            pull, watched = share(e) - me, [-np.log(share(e)[every, own])]
+        else:
+            near = np.argpartition(-e, k - 1)[:, :k]  # the least near of them stands last
+            outside = (near != own[:, None]).all(1)
+            near[outside, -1] = own[outside]
+            b = np.zeros_like(e)
+            b[every[:, None], near] = 1
+            clusterings = seen["clusterings"][0 if old_clusters else epoch - 1].numpy()
+            close = b * (clusterings[:, None] == clusterings[:, own, None]).any(0)
+            pull = share(e * b) - share(e * close)
+            count = close.sum(1)
+            watched = [np.log((e * b).sum(1) / (e * close).sum(1)), count, outside, np.log(k / count)]
+        means[epoch].append([np.mean(w) for w in watched])
+        g = pull @ bank / tau / len(own)  # of the mean loss with respect to v
         back = (g - v * (v * g).sum(1, keepdims=True)) / length
         mW, mc = momentum * mW + back.T @ r + wd * W, momentum * mc + back.sum(0) + wd * c
         lr = 0.2 if epoch < 2 else 0.02
         W, c = W - lr * mW, c - lr * mc
-        bank[index] = mix * bank[index] + (1 - mix) * v
-        bank[index] /= np.linalg.norm(bank[index], axis=1, keepdims=True)
+        bank[own] = mix * bank[own] + (1 - mix) * v
+        bank[own] /= np.linalg.norm(bank[own], axis=1, keepdims=True)
     return [W, c, bank], [np.mean(m, 0).tolist() for m in means]
 
 
@@ -691,10 +697,8 @@ def difference(a, b):
 
 def learnt(job):
     state = job.state()
-    return [
-        x.double().numpy()
-        for x in (state["net"]["1.linear.weight"], state["net"]["1.linear.bias"], state["bank"])
-    ]
+    parts = (state["net"]["1.linear.weight"], state["net"]["1.linear.bias"], state["bank"])
+    return [x.double().numpy() for x in parts]
 
 
 @pytest.fixture(scope="module")
@@ -702,6 +706,13 @@ def linear(start, whole):
     """The recorded run on a linear network, by loss of the warm-up: three epochs of two steps."""
     flags = {"softmax": [], "nce": ["--ir-loss", "nce"]}
     return two_at_once({name: lambda m=m: start([*LINEAR, *m], LINEAR_NET).ok() for name, m in flags.items()})
+
+
+def test_the_formulas_tell_mistakes_apart(linear):
+    """What they could be confused with ends far from the run: so the next test means something."""
+    seen, got = seen_by(linear["softmax"]), learnt(linear["softmax"])
+    for mistake in ({"momentum": 0.0}, {"wd": 0.0}, {"mix": 0.5}, {"old_clusters": True}, {"k": 90}):
+        assert difference(got, simulate(seen, **mistake)[0]) > 5e-4, mistake
 
 
 @pytest.mark.parametrize("name", ["softmax", "nce"])
@@ -714,9 +725,6 @@ def test_six_steps_follow_the_formulas(linear, name):
     assert [n for n, _, _ in seen["batches"]] == [0, 0, 1, 1, 2, 2]
     want, means = simulate(seen, name == "nce")
     assert difference(got, want) < 1e-4
-    # what the formulas could be mistaken for is far away
-    for mistake in ({"momentum": 0.0}, {"wd": 0.0}, {"mix": 0.5}, {"old_clusters": True}, {"k": 99}):
-        assert difference(got, simulate(seen, name == "nce", **mistake)[0]) > 3e-4, mistake
     records = epochs(linear[name].log())
     assert [r["phase"] for r in records] == ["ir", "la", "la"]
     for record, mean in zip(records, means, strict=True):
@@ -765,9 +773,8 @@ def test_warm_up_first_then_clusters_then_aggregation(scheduled, name):
     events, total = seen["events"], len(records) * STEPS
     losses = [e for e in events if e != "cluster"]
     assert losses == [recognition] * steps + ["aggregation_loss"] * (total - steps)
-    assert [r["phase"] for r in records] == ["ir"] * (steps // STEPS) + ["la"] * (
-        len(records) - steps // STEPS
-    )
+    phases = ["ir" if epoch * STEPS < steps else "la" for epoch in range(len(records))]
+    assert [r["phase"] for r in records] == phases
     at = [len([e for e in events[:i] if e != "cluster"]) for i, e in enumerate(events) if e == "cluster"]
     if name == "ir":
         assert at == []
@@ -785,11 +792,23 @@ def test_images_are_visited_once_an_epoch(scheduled):
     order = [torch.cat([i for n, i, _ in batches if n == e]) for e in range(3)]
     assert all(len(o) == len(o.unique()) == STEPS * 128 for o in order)
     assert not torch.equal(order[0], order[1]) and not torch.equal(order[1], order[2])
-    crops = [
-        next(x[i == order[0][0]] for n, i, x in batches if n == e and (i == order[0][0]).any())
-        for e in (0, 1)
-    ]
-    assert not torch.equal(*crops)
+    one = order[0][0]
+    crops = [x[i == one][0] for _, i, x in batches if (i == one).any()]
+    assert len(crops) >= 2 and not torch.equal(*crops[:2])
+
+
+def test_the_bank_starts_with_random_directions(scheduled):
+    """Rows of unit length, no direction preferred; an epoch changes those of the images it visits, no others."""
+    seen = seen_by(scheduled["plain"])
+    bank = seen["bank"]
+    torch.testing.assert_close(bank.norm(dim=1), torch.ones(N))
+    assert bank.shape == (N, 128) and (bank.mean(0) * math.sqrt(128 * N)).abs().max() < 5
+    similarity = bank @ bank.T - torch.eye(N)
+    assert similarity.abs().max() < 7 / math.sqrt(128)
+    visited = torch.cat([i for n, i, _ in seen["batches"] if n == 0])
+    left = torch.ones(N, dtype=torch.bool).index_fill(0, visited, False)
+    changed = (seen["banks"][0] != bank).any(1)
+    assert torch.equal(changed, ~left) and left.sum() == N % 128
 
 
 def test_clusterings_differ_from_each_other_and_from_time_to_time(scheduled):
@@ -802,8 +821,14 @@ def test_clusterings_differ_from_each_other_and_from_time_to_time(scheduled):
 # --------------------------------------------------------------------------- whole runs
 
 
-def digit_labels(split=0):
-    return load_data("digits")[split].labels.tolist()
+@functools.cache
+def digits():
+    """(train, test)"""
+    return load_data("digits")
+
+
+def digit_labels():
+    return digits()[0].labels.tolist()
 
 
 ALWAYS = {"epoch", "phase", "lr", "loss", "chance", "knn", "images_per_second", "seconds", "bad_files"}
@@ -829,17 +854,8 @@ def test_log_holds_what_ran_every_epoch_and_the_result(whole, scheduled):
             assert r["clusters"] + r["empty"] == 20 and r["largest"] / N == r["largest_share"]
             assert 1 <= r["close"] <= 300 and 0 <= r["outside"] <= 1 and 0 < r["chance"] < math.log(300)
     assert [r.get("nmi_previous") is None for r in records] == [True, True, False]
-    result = {
-        "epochs",
-        "clusters",
-        "empty",
-        "smallest",
-        "largest",
-        "largest_share",
-        "nmi_labels",
-        "acc_labels",
-    }
-    assert set(last["result"]) == result | {"ari_labels", "knn", "knn_centre_crops", "knn_untrained"}
+    result = {"epochs", "knn", "knn_centre_crops", "knn_untrained"}
+    assert set(last["result"]) == result | CLUSTERED - {"close", "outside", "nmi_previous"}
     assert last["result"]["epochs"] == 3 and last["result"]["knn"] == records[-1]["knn"]
     ir = epochs(scheduled["ir"].log())
     assert [set(r) for r in ir] == [ALWAYS] * 3
@@ -851,11 +867,8 @@ def test_cluster_numbers_in_the_log_are_those_of_the_first_clustering(whole, sch
     clusterings = [c[0].tolist() for c in seen_by(scheduled["plain"])["clusterings"]]
     for record, assign in zip(epochs(whole.log())[1:], clusterings, strict=True):
         sizes = Counter(assign)
-        assert (record["clusters"], record["smallest"], record["largest"]) == (
-            len(sizes),
-            min(sizes.values()),
-            max(sizes.values()),
-        )
+        shown = (record["clusters"], record["smallest"], record["largest"])
+        assert shown == (len(sizes), min(sizes.values()), max(sizes.values()))
         assert record["nmi_labels"] == pytest.approx(plain_nmi(digit_labels(), assign), abs=1e-9)
     assert epochs(whole.log())[2]["nmi_previous"] == pytest.approx(plain_nmi(*clusterings), abs=1e-9)
     state = whole.state()
@@ -910,7 +923,7 @@ def assert_knn(got, want):
 def test_the_backbone_embeds_as_the_run_did(whole, scheduled):
     """load_backbone's embedding of centre crops: those of the run, unit rows; the log's kNN is theirs."""
     net, meta = load_backbone(whole.run)
-    train, test = load_data("digits")
+    train, test = digits()
     z = centre_crops(net, train)
     assert z.shape == (N, 128)
     torch.testing.assert_close(z.norm(dim=1), torch.ones(N))
@@ -942,23 +955,47 @@ def test_the_seed_decides_the_result(start, whole, scheduled):
     assert not torch.equal(other["bank"], one["bank"])
 
 
-def test_too_much_background_is_cut_and_said_once(start):
+def test_the_untrained_networks_neighbours_are_those_of_its_start(start):
+    """Centre crops as bank, batch norm's statistics from the first 256 images: what learning starts from."""
+    job = start([*QUICK, "--epochs", "1", "--lr", "0"]).ok()  # the weights stay as they were drawn
+    net, _ = load_backbone(job.run)
+    train, test = digits()
+    for m in net.modules():
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            m.momentum = 1.0  # nothing is kept of the statistics that are there
+    with torch.no_grad():
+        net.train()(next(Loader(train, 256, 16, 16, CPU).fixed(torch.arange(256)))[1][:, 0])
+    z, queries = centre_crops(net.eval(), train), centre_crops(net, test)
+    want = plain_knn(queries, test.labels.tolist(), z, digit_labels())
+    assert_knn(job.log()[-1]["result"]["knn_untrained"], want)
+
+
+def test_too_much_background_is_cut_and_said_once(start, whole):
     """4096 of 1437 images: all of them, on one and on two processes; nothing is said where it fits."""
     flags = [*QUICK, "--epochs", "1", "--background", "4096"]
     jobs = two_at_once({1: lambda: start(flags).ok(), 2: lambda: start(flags, world=2).ok()})
     for job in jobs.values():
         assert job.out.count("--background 4096") == 1 and job.log()[0]["args"]["background"] == N
-    assert "--background" not in start([*QUICK, "--epochs", "1", "--background", str(N)]).ok().out
+    assert "--background" not in whole.out
 
 
 @pytest.mark.parametrize(
-    ("noise", "loss", "warns"), [(N, "nce", True), (N - 1, "nce", False), (N, "softmax", False)]
+    ("noise", "loss", "warns"),
+    [(4096, "nce", True), (N, "nce", True), (N - 1, "nce", False), (4096, "softmax", False)],
 )
-def test_nce_with_as_much_noise_as_images_warns(start, noise, loss, warns):
-    """It estimates nothing then (METHODS, traps); the exact softmax has no noise."""
-    job = start([*QUICK, "--epochs", "1", "--noise", noise, "--ir-loss", loss]).ok()
-    assert job.out.count("WARNING") == warns and ("--noise" in job.out) == warns
-    assert job.log()[0]["args"]["ir_loss"] == loss
+def test_nce_with_as_much_noise_as_images_warns(noise, loss, warns, capsys):
+    """It estimates nothing then; the exact softmax has no noise."""
+    args = options(["--data", "digits", "--background", "9", "--noise", str(noise), "--ir-loss", loss])
+    local_aggregation.check(args, range(N))
+    said = capsys.readouterr().out
+    assert said.count("WARNING") == said.count(f"--noise {noise}") == warns and args.ir_loss == loss
+
+
+def test_nce_runs_nevertheless(start):
+    """Every number is finite."""
+    job = start([*QUICK, "--epochs", "2", "--ir-loss", "nce", "--noise", N, "--dim", "16"]).ok()
+    assert job.out.count("WARNING") == 1 and len(epochs(job.log())) == 2
+    assert all(x.isfinite().all() for x in job.state()["net"].values())
 
 
 def test_the_exact_softmax_is_for_data_it_fits(capsys):
@@ -980,8 +1017,7 @@ def same(a, b):
     for k in x["net"]:
         assert torch.equal(x["net"][k], y["net"][k]), k
     assert len(x["optimizer"]["state"]) == len(y["optimizer"]["state"]) > 0
-    for k, m in x["optimizer"]["state"].items():
-        assert torch.equal(m["momentum_buffer"], y["optimizer"]["state"][k]["momentum_buffer"])
+    assert all(torch.equal(m, n) for m, n in zip(momenta(a), momenta(b), strict=True))
     assert torch.equal(x["bank"], y["bank"])
     assert (x["clusterings"] is None) == (y["clusterings"] is None)
     assert x["clusterings"] is None or torch.equal(x["clusterings"], y["clusterings"])
@@ -1037,7 +1073,7 @@ def crashed(start, scheduled):
     def crash(flags, code):
         first = start([*QUICK, *flags], code).wait()
         first = SimpleNamespace(code=first.code, out=first.out, err=first.err, state=first_state(first))
-        job = start([*QUICK, *flags], folder=Path(first.state["folder"])).wait()
+        job = start([*QUICK, *flags], RECORD, folder=Path(first.state["folder"])).wait()
         return first, job, scheduled[WHOLES[" ".join(flags)]]
 
     return two_at_once({name: lambda f=f, c=c: crash(f, c) for name, (_, f, c) in CRASHES.items()})
@@ -1087,16 +1123,17 @@ def test_a_signal_saves_that_very_step(crashed):
         assert f"going on from epoch {epoch + 1}, step {step}" in crashed[name][1].out
 
 
-def test_a_resumed_epoch_does_not_cluster_again(start, scheduled):
-    """Clusterings are part of the checkpoint: those of the epoch's start, not of the bank as it is now."""
-    job = start(QUICK, trap(*STEP, STEPS + 6, "SIGTERM")).wait()
-    assert job.code == 143
-    resumed = start(QUICK, RECORD, folder=job.folder).ok()
-    assert seen_by(resumed)["keys"] == seen_by(scheduled["plain"])["keys"][1:]
+@pytest.mark.parametrize("name", ["SIGTERM in aggregation", "every 4, SIGTERM between clusterings"])
+def test_a_resumed_epoch_does_not_cluster_again(crashed, name):
+    """Clusterings are part of the checkpoint: those of before, not of the bank as it is now."""
+    first, resumed, reference = crashed[name]
+    epoch, step = first.state["at"]
+    keys = seen_by(reference)["keys"]
+    assert seen_by(resumed)["keys"] == [key for key in keys if key > (epoch, step)] != keys
 
 
 def test_kill_9_from_outside_in_both_phases(start, whole):
-    """In the first step of an epoch at the earliest: the next process finds a whole checkpoint or none."""
+    """As soon as the log has its first line, or the second epoch's: a whole checkpoint is there or none."""
 
     def kill(wanted):
         job = start(QUICK)
@@ -1105,7 +1142,7 @@ def test_kill_9_from_outside_in_both_phases(start, whole):
         os.kill(job.pids()[0], signal.SIGKILL)
         return job.wait().code, start(QUICK, folder=job.folder).wait()
 
-    for code, resumed in two_at_once({n: lambda n=n: kill(n) for n in (0, 1, 2)}).values():
+    for code, resumed in two_at_once({n: lambda n=n: kill(n) for n in (0, 2)}).values():
         assert code == -9 and resumed.code == 0, resumed.err
         same(resumed, whole)
 
@@ -1225,35 +1262,269 @@ def test_a_step_on_several_processes_is_that_of_the_whole_batch(one_step, name):
             assert torch.equal(got["bank"], one_step[name, world, 0]["bank"])
 
 
-TWO = {"la": [], "nce": [*NCE, "--warm-up", "2"]}
+GENTLE = ["--lr", "0.0001", "--lr-steps"]
+USUAL = [*NCE, *CROPS]
 
 
 @pytest.fixture(scope="module")
-def two(start, scheduled):
-    """Whole runs on two processes."""
+def two(start):
+    """Whole runs on two processes, and gentle ones on one and two.
+
+    At the usual learning rate the first steps enlarge a difference of one part in 10^7 in the images to
+    0.06 in the bank, on one process, too, and k-means then finds other clusters: nothing to compare.
+    """
+    jobs = {
+        "usual": lambda: start([*QUICK, *USUAL], RECORD, world=2).ok(),
+        "one": lambda: start([*QUICK, *GENTLE], RECORD).ok(),
+        "two": lambda: start([*QUICK, *GENTLE], RECORD, world=2).ok(),
+    }
+    return two_at_once(jobs)
+
+
+def momenta(job):
+    return [m["momentum_buffer"] for m in job.state()["optimizer"]["state"].values()]
+
+
+def test_two_processes_learn_what_one_learns(two):
+    """Both phases: loss, what is watched, kNN, bank, clusterings, weights and the optimiser's momentum."""
+    one, both = two["one"], two["two"]
+    for a, b in zip(epochs(both.log()), epochs(one.log()), strict=True):
+        assert a["knn"] == b["knn"] and a["phase"] == b["phase"]
+        for name in {"loss", "chance", "close", "outside"} & set(b):
+            assert a[name] == pytest.approx(b[name], rel=1e-5), name
+    x, y = seen_by(both), seen_by(one)
+    assert len(x["banks"]) == 4 and len(x["clusterings"]) == 2
+    for a, b in zip(x["banks"], y["banks"], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(x["clusterings"], y["clusterings"], strict=True))
+    x, y = (torch.cat([p.flatten() for p in momenta(job)]) for job in (both, one))
+    assert (x - y).norm() < 0.01 * y.norm() and y.norm() > 1
+    assert both.log()[0]["processes"] == 2 and both.out.count("epoch   1/3") == 1
+    assert (one.run / "assignments.csv").read_bytes() == (both.run / "assignments.csv").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["usual", "two"])
+def test_two_processes_keep_the_same_bank(two, name):
+    """Bit for bit after every epoch, and the same clusterings; each looks at its own half of the batches."""
+    a, b = (seen_by(two[name], rank) for rank in (0, 1))
+    assert len(a["banks"]) == 4 and len(a["clusterings"]) >= 2
+    for part in ("banks", "clusterings"):
+        assert all(torch.equal(x, y) for x, y in zip(a[part], b[part], strict=True))
+    for (_, i, _), (_, j, _) in zip(a["batches"], b["batches"], strict=True):
+        assert len(i) == len(j) == 64 and not set(i.tolist()) & set(j.tolist())
+    if name == "usual":  # each image its own noise
+        assert not torch.equal(a["noise"][0], b["noise"][0])
+
+
+def test_two_processes_stop_together_and_go_on(start, two):
+    """A signal to one, a NaN on one, a mistake in the command: both end alike, nobody hangs."""
+    flags = [*QUICK, *USUAL]
+    to_one = trap(*STEP, STEPS + 4, "SIGTERM").replace("calls == n", "calls == n and common.rank() == 1")
+    nan_on_one = POISON.replace("number == 1", "number == 1 and common.rank() == 1")
+    jobs = two_at_once(
+        {
+            "signal": lambda: start(flags, to_one, world=2).wait(60),
+            "nan": lambda: start(flags, nan_on_one, world=2).wait(60),
+            "uneven": lambda: start([*QUICK, "--batch-size", "63"], world=2).wait(60),
+            "mistake": lambda: start([*QUICK, "--k", "2000"], world=2).wait(60),
+        }
+    )
+    codes = {"signal": [143, 143], "nan": [1, 1], "uneven": [2, 2], "mistake": [2, 2]}
+    assert {name: job.codes for name, job in jobs.items()} == codes
+    for name in ("nan", "uneven", "mistake"):
+        assert len(jobs[name].err.splitlines()) == 1, jobs[name].err
+    assert (jobs["signal"].state()["epoch"], jobs["signal"].state()["step"]) == (1, 4)
+    same(start(flags, folder=jobs["signal"].folder, world=2).ok(), two["usual"])
+
+
+# --------------------------------------------------------------------------- mistakes
+
+WRONG = {  # flag: what the command line refuses
+    "lr": "-0.1 nan inf",
+    "wd": "-0.1 nan inf",
+    "momentum": "-0.1 1 nan",
+    "temperature": "0 -0.07 nan inf",
+    "bank-momentum": "-0.1 1.1 nan",
+    "crop-area": "0 -1 1.5 nan",
+    "resize": "-1 31",
+    "loss": "LA nce",
+    "ir-loss": "exact",
+    "cluster-on": "images",
+    "arch": "resnet",
+    "recipe": "imagenet21k",
+}
+for _flag in (
+    "k",
+    "epochs",
+    "batch-size",
+    "image-size",
+    "save-every",
+    "clusterings",
+    "background",
+    "dim",
+    "noise",
+):
+    WRONG[_flag] = "0 -3 1.5 many nan"
+for _flag in ("workers", "max-bad", "warm-up", "cluster-every"):
+    WRONG[_flag] = "-1 0.5 nan"
+
+
+@pytest.mark.parametrize("flag", WRONG)
+def test_impossible_values_end_with_exit_code_2_and_one_line(flag, capsys, monkeypatch):
+    """One line below the usage, which names the flag."""
+    monkeypatch.setattr("sys.argv", ["local_aggregation.py"])
+    for value in WRONG[flag].split():
+        with pytest.raises(SystemExit) as end:
+            options(["--data", "digits", f"--{flag}={value}"])
+        *usage, line = capsys.readouterr().err.strip().splitlines()
+        assert end.value.code == 2 and usage[0].startswith("usage: ") and all(u[0] == " " for u in usage[1:])
+        assert line.startswith("local_aggregation.py: error: ") and f"--{flag}" in line, line
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, whole):
+    """Folders to point the script at, by name."""
+    root, grey = tmp_path_factory.mktemp("places"), np.full((20, 20, 3), 90, np.uint8)
+    write_images(root / "flat", 20, size=20)
+    write_images(root / "same", 40, lambda i: grey)
+    for name in ("cat", "dog"):
+        for folder in ("labelled train", "both"):
+            write_images(root / folder / "train" / name, 12, size=20)
+        write_images(root / "both" / "val" / name, 5, size=20)
+        write_images(root / "val without labels" / "train" / name, 12, size=20)
+    write_images(root / "val without labels" / "val", 5, size=20)
+    write_images(root / "mismatch" / "train" / "cat", 2)
+    write_images(root / "mismatch" / "val" / "dog", 2)
+    (root / "empty").mkdir()
+    (root / "file").write_text("not a folder")
+    return SimpleNamespace(**{p.name.replace(" ", "_"): p for p in root.iterdir()}, root=root, run=whole.run)
+
+
+FOLDER = ["--recipe", "digits", "--image-size", "16", "--resize", "16", "--batch-size", "8", "--k", "4"]
+FOLDER += ["--workers", "0", "--background", "10", "--epochs", "2", "--warm-up", "1", "--out", "run"]
+MISTAKES = {  # name: (arguments as a function of the places, words that the message must hold)
+    "k larger than N": (lambda p: ["--k", "1438"], ["--k", "1438", "1437"]),
+    "k of a recipe": (lambda p: ["--data", p.flat, *FOLDER[:8]], ["--k", "30", "20"]),
+    "batch larger than N": (lambda p: ["--batch-size", "1438"], ["--batch-size", "1438", "1437"]),
+    "batch larger than a folder": (lambda p: ["--data", p.flat, *FOLDER, "--batch-size", "21"], ["21", "20"]),
+    "unknown data": (lambda p: ["--data", "cifar"], ["cifar", "cifar10", "digits"]),
+    "missing folder": (lambda p: ["--data", p.root / "none"], ["none", "no such folder"]),
+    "empty folder": (lambda p: ["--data", p.empty], ["empty", "no images"]),
+    "a file for a folder": (lambda p: ["--data", p.file], ["file"]),
+    "classes differ": (lambda p: ["--data", p.mismatch, *FOLDER], ["mismatch", "cat", "dog"]),
+    "image too small": (lambda p: ["--image-size", "8"], ["--image-size"]),
+    "out below a file": (lambda p: ["--out", p.file / "run"], ["--out", "cannot write"]),
+    "out of the other loss": (lambda p: [*QUICK, *IR, "--out", p.run], ["loss la -> ir", "--overwrite"]),
+    "out of another k": (
+        lambda p: [*QUICK, "--k", "30", "--clusterings", "2", "--out", p.run],
+        ["k 20 -> 30", "clusterings 3 -> 2", "--overwrite"],
+    ),
+    "out of another warm-up": (lambda p: [*QUICK, "--warm-up", "2", "--out", p.run], ["warm_up 1 -> 2"]),
+    "unknown device": (lambda p: ["--device", "gpu"], ["--device", "cuda"]),
+    "no cuda here": (lambda p: ["--device", "cuda"], ["--device", "cuda"]),
+}
+
+
+@pytest.fixture(scope="module")
+def refused(start, places):
+    kept = contents(places.run)
+    jobs = {name: lambda a=arguments: start(a(places)).wait() for name, (arguments, _) in MISTAKES.items()}
+    return two_at_once(jobs), kept
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_end_with_exit_code_2_and_one_line(refused, name):
+    """The line names the flag or the thing, says what would be right, and nothing is a traceback."""
+    job = refused[0][name]
+    assert_one_line(job, 2)
+    assert not [word for word in MISTAKES[name][1] if word not in job.err], job.err
+
+
+def test_a_refused_run_folder_stays_as_it_was(refused, places):
+    assert contents(places.run) == refused[1]
+
+
+# --------------------------------------------------------------------------- folders and odd data
+
+PHOTO = ["--flip", "--colour"]
+ODD = {  # name: (arguments as a function of the places, labels, a test set with labels)
+    "no labels": (lambda p: [p.flat, *FOLDER, *PHOTO], False, False),
+    "labels in train only": (lambda p: [p.labelled_train, *FOLDER], True, False),
+    "labels in train but not in val": (lambda p: [p.val_without_labels, *FOLDER], True, False),
+    "labels in both": (lambda p: [p.both, *FOLDER, "--workers", "1"], True, True),
+    "bf16": (lambda p: [p.both, *FOLDER, "--amp"], True, True),
+    "all images equal": (lambda p: [p.same, *FOLDER], False, False),
+    "all images equal, centre crops": (
+        lambda p: [p.same, *FOLDER, "--cluster-on", "centre-crop"],
+        False,
+        False,
+    ),
+    "all images equal, nce": (lambda p: [p.same, *FOLDER, "--ir-loss", "nce", "--noise", "7"], False, False),
+    "k is 1": (lambda p: [p.flat, *FOLDER, "--k", "1"], False, False),
+    "k is N": (lambda p: [p.flat, *FOLDER, "--k", "20"], False, False),
+    "background is 1": (lambda p: [p.flat, *FOLDER, "--background", "1"], False, False),
+    "one batch": (lambda p: [p.flat, *FOLDER, "--batch-size", "20", "--background", "20"], False, False),
+    "no warm-up": (lambda p: [p.flat, *FOLDER, "--warm-up", "0"], False, False),
+}
+
+
+@pytest.fixture(scope="module")
+def odd(start, places):
     return two_at_once(
-        {name: lambda m=m: start([*QUICK, *m], RECORD, world=2).ok() for name, m in TWO.items()}
+        {name: lambda a=a: start(["--data", *a(places)]).wait() for name, (a, _, _) in ODD.items()}
     )
 
 
-def test_two_processes_learn_what_one_learns(scheduled, two):
-    assert two["la"].log()[0]["processes"] == 2 and two["la"].out.count("epoch   1/3") == 1
-    for a, b in zip(epochs(two["la"].log()), epochs(scheduled["plain"].log()), strict=True):
-        print(a["loss"], b["loss"], a["knn"], b["knn"])
-    x, y = seen_by(two["la"]), seen_by(scheduled["plain"])
-    for a, b in zip(x["banks"], y["banks"], strict=True):
-        print((a - b).abs().max())
-    for a, b in zip(x["clusterings"], y["clusterings"], strict=True):
-        print((a != b).float().mean())
-    assert 0
+@pytest.mark.parametrize("name", ODD)
+def test_odd_data_runs_and_every_number_is_finite(odd, name):
+    """Label metrics and kNN where there is something to measure against, and an assignment for each file."""
+    job, (_, labels, test) = odd[name].ok(), ODD[name]
+    first, *records, last = job.log()
+    for r in records:
+        missing = {k for k, v in r.items() if v is None}
+        assert missing <= {"nmi_previous"} and r["loss"] >= 0 and r["bad_files"] == 0
+        assert ("knn" in r) == test and ("nmi_labels" in r) == (labels and r["phase"] == "la")
+    la = [r for r in records if r["phase"] == "la"]
+    assert len(records) == 2 and len(la) == (2 if name == "no warm-up" else 1)
+    assert [r["nmi_previous"] is None for r in la] == [True, False][: len(la)]
+    shown = {k for k in last["result"] if "knn" in k}
+    assert shown == ({"knn", "knn_untrained", "knn_centre_crops"} if test else set())
+    assert ("nmi_labels" in last["result"]) == labels and ("no labels" in job.out.splitlines()[0]) != labels
+    state = job.state()
+    assert all(x.isfinite().all() for x in state["net"].values())
+    torch.testing.assert_close(state["bank"].norm(dim=1), torch.ones(first["data"]["images"]))
+    images, clusters = read_assignments(job.run / "assignments.csv")
+    assert len(images) == len(set(images)) == first["data"]["images"] and all(
+        Path(i).is_file() for i in images
+    )
+    assert set(clusters) <= set(range(first["args"]["k"]))
+    assert ("eval_linear.py run --data LABELLED" in job.out) != labels
+    if name in ("k is 1", "background is 1", "all images equal, centre crops"):  # all close, or nobody else
+        assert la[0]["loss"] == 0
+    elif name == "k is N":  # close to oneself alone
+        assert la[0]["close"] == 1 and la[0]["loss"] > 0
+    else:
+        assert la[0]["loss"] > 0
 
 
 # --------------------------------------------------------------------------- learning
 
 
 def test_the_defaults_learn(defaults):
-    """`python local_aggregation.py`: 95 % of the nearest neighbours have the class, 2 points over recognition."""
-    la, ir = (job.ok() for job in defaults)
-    for j in (la, ir):
-        print(j.out[-700:])
-    assert 0
+    """`python local_aggregation.py`: the nearest neighbour has the class in 95 % of the test images.
+
+    That is more than the untrained network's and 2 points more than recognition alone in as many epochs.
+    """
+    reached = {}
+    train, test = digits()
+    for job, name in zip(defaults, ("local_aggregation-digits", "local_aggregation-digits-ir"), strict=True):
+        run = job.ok().folder / "runs" / name
+        result = read_log(run / "log.jsonl")[-1]["result"]
+        bank = torch.load(run / "checkpoint.pt", weights_only=True)["bank"]
+        queries = centre_crops(load_backbone(run)[0], test, 32)
+        knn = plain_knn(queries, test.labels.tolist(), bank, train.labels.tolist())
+        assert_knn(result["knn"], knn)
+        reached[name[18:]], untrained = knn["1"], result["knn_untrained"]["1"]
+        assert 0.85 < untrained < 0.945  # a working start, so that the bar means something
+    assert reached["digits"] >= 0.95 > untrained
+    assert reached["digits"] >= reached["digits-ir"] + 0.02 and reached["digits-ir"] > 0.8
