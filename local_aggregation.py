@@ -114,11 +114,11 @@ RECIPES = {
     "imagenet-resnet18": {**IMAGENET, "arch": "resnet18", "clusterings": 10, "k": 30000, "epochs": 200, "lr_steps": [160, 187]},
     "imagenet-resnet50": {**IMAGENET, "arch": "resnet50", "clusterings": 10, "k": 30000, "epochs": 200, "lr_steps": [152, 189]},
     "cifar10": {**SMALL, "arch": "resnet18", "epochs": 200, "lr_steps": [160, 187]},
-    "fashionmnist": {**SMALL, "arch": "lenet5", "epochs": 20, "lr_steps": [16, 19], "warm_up": 5, "colour": False},
+    "fashionmnist": {**SMALL, "arch": "lenet5", "epochs": 12, "lr_steps": [9, 11], "warm_up": 4, "crop_area": 0.5, "colour": False},
     "digits": {**SMALL, "arch": "lenet5", "epochs": 60, "lr_steps": [48, 57], "k": 30, "crop_area": 0.5, "flip": False, "colour": False},
 }  # fmt: skip
 RECIPES["imagenet"] = RECIPES["imagenet-resnet18"]
-RECIPES["mnist"] = {**RECIPES["fashionmnist"], "flip": False, "crop_area": 0.5}
+RECIPES["mnist"] = {**RECIPES["fashionmnist"], "flip": False}
 RECIPES["cifar100-20"] = RECIPES["stl10"] = RECIPES["cifar10"]
 RECIPES["svhn"] = {**RECIPES["cifar10"], "flip": False}
 EXACT = 2**17  # images up to which instance recognition's softmax runs over the whole bank
