@@ -29,12 +29,12 @@ What to expect: the second line, 15 seconds on one core: conv1 96.4, conv2 96.1,
 
 Departs from the paper and its code, on purpose:
  1. All stages and weight decays train in one pass; the gradients of one do not touch another.
- 2. The weight decay is chosen on --held-out of the training images, and the classifier is not trained
+ 2. With --protocol deepcluster the weight decay is chosen on --held-out of the training images, and the classifier is not trained
     again with them. "Last" is the last epoch, "best" the best epoch on the held-out images; the released
     code prints its best epoch on the test images.
  3. Classifiers start at zero: the problem is convex (the code: PyTorch's default).
  4. An epoch's last incomplete batch is dropped.
- 5. Networks other than AlexNet at 224 pixels: every map is averaged to s x s, s = sqrt(9600 / channels)
+ 5. Networks other than AlexNet at 224 pixels, with --protocol deepcluster: every map is averaged to s x s, s = sqrt(9600 / channels)
     rounded down, but no more than the map has.
  6. ResNets: kNN compares the average of the last map, also where training used the whole map.
  7. A labelled folder without val/ or test/: a fifth of its images, the same for all seeds, is the test set.
@@ -43,8 +43,11 @@ Departs from the paper and its code, on purpose:
  9. The small sets have 20 epochs [Deep Dive 3.3], on every stage instead of the topmost alone.
 10. On CUDA the frozen network runs in bf16 autocast (--no-amp), the classifiers in float32.
 11. An evaluation is not resumed: interrupted, it writes nothing; run again, it overwrites its JSON.
-12. --protocol la trains on all training images for a schedule that is told beforehand, so nothing is chosen;
-    classifiers start at zero (the code: scaled normal); networks that are not in its paper have ResNet's schedule.
+12. --protocol la: all training images train, for a schedule told beforehand, so nothing is chosen. Networks
+    that are not in the paper have ResNet's schedule. The code never pools AlexNet's maps (its conv1 has
+    186,624 features, ours 290,400: averaged by 2), crops AlexNet's images in the central square (the paper: anywhere),
+    and counts Places' epochs in steps of ImageNet's.
+13. Random resized crops of data in memory are bilinear without antialiasing.
 """
 
 import argparse
@@ -142,13 +145,13 @@ def options(argv=None):
     g.add_argument("--seed", type=int, default=0, help="decides every random number")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     g.add_argument("--amp", action=yes_no, default=later, help="bf16 autocast of the network, never of the classifiers; default: on for CUDA")
-    g.add_argument("--out", default=later, help="folder for eval_linear-<data>.json; default: the run folder, beside the file, or runs/eval-random-<arch>-<data>")
+    g.add_argument("--out", default=later, help="folder for eval_linear-<data>.json (la: eval_linear-<data>-la.json); default: the run folder, beside the file, or runs/eval-random-<arch>-<data>")
     g.add_argument("--max-bad", type=int, default=100, help="unreadable image files to put up with")
     g.add_argument("--resize", type=int, default=later, help="shorter side before cropping, in pixels; default: what the run used, else 256 for 224, no enlargement up to 64")
     g = p.add_argument_group("evaluation")
     g.add_argument("--protocol", choices=["deepcluster", "la"], default="deepcluster", help="la: full maps, averaged by 2 or 4 if above 200,000 features, its schedule and crops [Local Aggregation]")
     g.add_argument("--lr-steps", type=int, nargs="*", default=later, help="epochs after which the learning rate is divided by ten, instead of falling with every step; default with la: 30 60, alexnet 45 55, vgg16 11 41")
-    g.add_argument("--random", metavar="ARCH", choices=ARCHS, help=f"evaluate an untrained network: {', '.join(ARCHS)}; its weights are those a run with this --seed starts from")
+    g.add_argument("--random", metavar="ARCH", choices=ARCHS, help=f"evaluate an untrained network: {', '.join(ARCHS)}; its weights are those a run of deepcluster.py with this --seed starts from")
     g.add_argument("--sobel", action=yes_no, default=later, help="with --random: filter images by Sobel's operator; default: as deepcluster.py for this data")
     g.add_argument("--fill-batch-norm", action=yes_no, default=True, help="with --random: batch-norm statistics from 256 training images, not 0 and 1")
     g.add_argument("--held-out", type=float, default=later, help="share of the training images, 0..1, that choose weight decay and best epoch; 0: none, one weight decay; default: 0.1, la: 0")
@@ -244,7 +247,7 @@ def pool_for(arch, size, stage, channels, side, protocol="deepcluster"):
     if protocol == "la":
         features = channels * side**2
         kernel = 1 + (features > 200_000) + 2 * (features / 4 > 200_000)  # 1, 2 or 4
-        return nn.AvgPool2d(kernel, ceil_mode=True)
+        return nn.AvgPool2d(kernel, ceil_mode=True)  # what is left at the edge counts, as in the code
     if arch == "alexnet" and size == 224:
         kernel, padding = ALEXNET_POOLS[stage]
         return nn.AvgPool2d(kernel, kernel, padding)

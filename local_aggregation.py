@@ -22,10 +22,11 @@ K --k (the paper's m: clusters in each), k --background, m --noise, tau --temper
     python local_aggregation.py --data my/photos --k 100            a folder of images, no labels needed
     torchrun --nproc_per_node=8 local_aggregation.py --arch vgg16   the paper's ImageNet run (data/imagenet)
 
-What to expect: on digits, 25 s on 2 cores, kNN (K=1) of the test images ends at 97.2 % (mean of three seeds;
-untrained 93.4, instance recognition alone 91.5). A line's "chance" is the loss if all similarities were
-equal. Recognition starts above it, as the first embeddings are all alike, and should fall below it within ten
-epochs. Collapse: one cluster holds most images, kNN falls to chance.
+What to expect: FIGURES
+A line's "chance" is the loss if all similarities were 0. Recognition starts above it, as the first embeddings
+are all alike, and should fall below it within ten epochs. Collapse: one cluster holds most images, kNN falls
+to chance. Training from a random bank is chaotic: rounding that differs in the last bit (another number of
+threads or processes) moves kNN on digits by about half a point.
 
 Departs from the papers and the authors' code, on purpose:
  1. Instance recognition is exact, a softmax over the bank, up to 131,072 images; NCE beyond (the code: NCE
@@ -36,16 +37,19 @@ Departs from the papers and the authors' code, on purpose:
  4. The first clustering comes before the first step of Local Aggregation, the others at the start of each
     epoch (the authors' PyTorch code: after the first step; it never clusters again if B divides N).
  5. AlexNet has (H, K) = (3, 10,000) as in the paper's table (the code: 3 x 30,000).
- 6. AlexNet and VGG-16 are those of the other scripts. As in the code they have batch norm in the linear layers,
-    too; but the code's AlexNet has 64-192-384-384-256 maps, and its VGG normalises one layer in each stage.
- 7. Batch norm sees the whole batch of all processes, so that their number does not matter.
- 8. vgg16: batch 256 in the warm-up, too (the code: 128 there).
- 9. On CUDA the network runs in bf16 autocast (--no-amp). Bank, nearest images, k-means: float32.
-10. An epoch's last incomplete batch is dropped.
-11. At the end, the trained network's embeddings of centre crops are clustered once: assignments.csv.
-12. Linear layers start as PyTorch starts them. Crops of data in memory are bilinear without antialiasing. ResNets
+ 6. Networks are those of the other scripts, with batch norm in the linear layers, too, as in the code. The code's
+    AlexNet has 64-192-384-384-256 maps, its VGG normalises one layer in each stage, its ResNets are
+    pre-activation ones, its batch norm keeps 0.997 of its statistics at a step (here 0.9).
+ 7. Batch norm sees the whole batch of all processes, so that their number does not matter. It has no weight
+    decay (the code's AlexNet: it has).
+ 8. Colours are jittered before, not after, a fifth of the images turn grey, in one order for a batch.
+ 9. vgg16: batch 256 in the warm-up, too (the code: 128 there).
+10. On CUDA the network runs in bf16 autocast (--no-amp). Bank, nearest images, k-means: float32.
+11. An epoch's last incomplete batch is dropped.
+12. At the end, the trained network's embeddings of centre crops are clustered once: assignments.csv.
+13. Linear layers start as PyTorch starts them. Crops of data in memory are bilinear without antialiasing. ResNets
     up to 64 pixels: 3x3 stem, no pooling.
-13. Recipes of data other than ImageNet are ours; those of cifar10 and its like have not been run to the end.
+14. Recipes of data other than ImageNet are ours; cifar10's and those like it have not been run to the end.
 """
 
 import argparse
