@@ -263,7 +263,7 @@ def leave_if_asked():
     if _signal:
         for save in _before_leaving:
             save()
-        say(f"stopped by signal {_signal}; the same command does this part again")
+        say(f"stopped by signal {_signal}; the same command (without --overwrite) does this part again")
         os._exit(128 + _signal)
 
 
@@ -289,7 +289,7 @@ def heartbeat(loss, *others):
 def stop(signal, save, where):
     """Save and leave after a signal that heartbeat told of; all processes come here together."""
     save()
-    say(f"stopped by signal {signal} after {where}; saved, the same command goes on")
+    say(f"stopped by signal {signal} after {where}; saved, the same command (without --overwrite) goes on")
     leave(128 + signal)
 
 
@@ -1630,6 +1630,7 @@ def save_pictures(path, loader, assign, distance, rows=10, columns=10):
     counts = torch.bincount(assign)
     wanted = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
     wanted = wanted[torch.linspace(0, len(wanted) - 1, min(rows, len(wanted))).round().long()]
+    say(f"rows of {path}, from the top: clusters {', '.join(map(str, wanted.tolist()))}")
     tiles = []
     for c in wanted.tolist():
         members = (assign == c).nonzero()[:, 0]

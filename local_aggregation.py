@@ -19,7 +19,7 @@ K --k (the paper's m: clusters in each), k --background, m --noise, tau --temper
 
     python local_aggregation.py                                     laptop: digits, no download, no GPU
     python local_aggregation.py --loss ir                           the baseline: instance recognition alone
-    python local_aggregation.py --data my/photos --k 100            a folder of images, no labels needed
+    python local_aggregation.py --data my/photos --k 100            some 5,000 images, no labels needed
     torchrun --nproc_per_node=8 local_aggregation.py --arch vgg16   the paper's ImageNet run (data/imagenet)
 
 What to expect: FIGURES
@@ -148,7 +148,7 @@ def options(argv=None):
     g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode files, for each training process; not used for data in memory")
     g.add_argument("--seed", type=int, default=0, help="decides every random number")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast of the network, never of the bank; None: on for CUDA")
+    g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast of the network, never of the bank; default: on for CUDA")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
     g.add_argument("--out", help="run folder")
     g.add_argument("--overwrite", action="store_true", help="start afresh instead of continuing what is in --out")
@@ -158,7 +158,7 @@ def options(argv=None):
     g.add_argument("--resize", type=int, help="shorter side before the centre crop, in pixels [code]")
     g = p.add_argument_group("Local Aggregation")
     g.add_argument("--loss", choices=["la", "ir"], default="la", help="ir: instance recognition in all epochs, the baseline [4]")
-    g.add_argument("--warm-up", type=int, help="epochs of instance recognition before the first clustering [4, code]; 5 to 20 on small data, where more of it hurts")
+    g.add_argument("--warm-up", type=int, help="epochs of instance recognition before the first clustering [4, code]; on small data 5 to 20, longer hurts")
     g.add_argument("--clusterings", type=int, help="H: k-means runs whose clusters are united [3]")
     g.add_argument("--background", type=int, help="nearest images each one is compared with, the paper's k; cut to the number of images [3]")
     g.add_argument("--temperature", type=float, default=0.07, help="tau; smaller: only the nearest images count [3]")
@@ -205,8 +205,10 @@ def options(argv=None):
             p.error(f"--{name.replace('_', '-')} must be at least {int(name in counts)}")
     if not (0 <= args.lr < math.inf and 0 <= args.wd < math.inf and 0 <= args.momentum < 1):
         p.error("--lr and --wd must be at least 0, --momentum in 0..1 (1 excluded)")
-    if not (0 < args.temperature < math.inf and 0 <= args.bank_momentum <= 1):
-        p.error("--temperature must be above 0, --bank-momentum in 0..1")
+    if not 0 < args.temperature < math.inf:
+        p.error("--temperature must be above 0")
+    if not 0 <= args.bank_momentum <= 1:
+        p.error("--bank-momentum must lie in 0..1")
     if not 0 < args.crop_area <= 1:
         p.error("--crop-area must lie in 0..1 (0 excluded)")
     if args.batch_size < 2:
@@ -226,10 +228,8 @@ def make_net(args, channels):
     trunk = backbone(args.arch, channels, args.image_size, dropout=0.0, pool=True, norm=True)
     # PyTorch's start instead of N(0, 0.01): what has unit length turns the faster, the smaller the weights.
     for module in trunk.modules():
-        if isinstance(
-            module, nn.Linear
-        ):  # not N(0, 0.01): what has unit length turns the faster, the smaller
-            module.reset_parameters()  # the weights are, and learning rate 0.03 would be far too large
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
     net = nn.Sequential(trunk, Embedding(trunk.dim, args.dim))
     net.dim = args.dim
     return trunk, net
@@ -419,10 +419,15 @@ def check(args, data):
     n = len(data)
     if args.k > n:
         refuse(
-            f"--k {args.k} (of recipe {args.recipe}, if not given) is more than the {n} images of {args.data}"
+            f"--k {args.k} (of recipe {args.recipe}, if not given) is more than the {n} images of {args.data};"
+            f" give --k, about {max(2, n // 50)}"
         )
     if args.batch_size > n:
         refuse(f"--batch-size {args.batch_size} is more than the {n} images of {args.data}")
+    if args.loss == "la" and not 10 * args.k <= n <= 1000 * args.k:
+        say(f"WARNING: --k {args.k} for {n} images is {n / args.k:.3g} in a cluster; about 50 is usual")
+    if args.loss == "la" and args.background < 2:
+        say("WARNING: --background 1 is the image itself: the loss is 0 and nothing is learnt")
     if args.background > n and args.loss == "la":
         say(f"--background {args.background} is more than the {n} images: all of them are background")
     args.background = min(args.background, n)
