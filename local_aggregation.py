@@ -604,6 +604,7 @@ def report(record, epochs):
     parts[0] += f" (chance {record['chance']:.2f})"
     if record["phase"] == "la":
         parts.append(f"{record['close']:.0f} close, own image outside {record['outside']:.1%}")
+    if "clusters" in record:  # else none was due in this epoch (--cluster-every)
         parts.append(f"{record['clusters']} clusters of {record['smallest']}-{record['largest']}")
     for name, title in (("nmi_previous", "NMI to previous"), ("nmi_labels", "to labels")):
         parts += [f"{title} {record[name]:.3f}"] if record.get(name) is not None else []
