@@ -1018,10 +1018,19 @@ def test_the_exact_softmax_is_for_data_it_fits(capsys):
         (["--epochs", "10", "--loss", "ir"], None),
         (["--epochs", "48", "--lr-steps", "48", "57"], "--lr-steps"),
         (["--epochs", "49", "--lr-steps", "48", "57"], None),
+        (["--k", "143"], None),  # 1437 images
+        (["--k", "144"], "WARNING: --k 144"),
+        (["--k", "2"], None),
+        (["--k", "1"], "WARNING: --k 1"),
+        (["--k", "1", "--loss", "ir"], None),
+        (["--background", "2"], None),
+        (["--background", "1"], "WARNING: --background 1"),
+        (["--background", "1", "--loss", "ir"], None),
     ],
 )
 def test_what_cannot_have_an_effect_is_said(flags, word, capsys):
-    """No epoch after the warm-up, no epoch after the first step of the learning rate."""
+    """No epoch after the warm-up or the first step of the learning rate, under 10 or over 1000 images in a
+    cluster, nobody else in the background."""
     args = options(["--data", "digits", "--background", "9", "--lr-steps", "--warm-up", "10", *flags])
     local_aggregation.check(args, range(N))
     said = capsys.readouterr().out.splitlines()
