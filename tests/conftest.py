@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 pytest.register_assert_rewrite("runs")
 
-from runs import Server, plain  # noqa: E402
+from jobs import Server, plain  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -13,29 +13,13 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import jobs
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import runs
-from common import Images, Loader, load_backbone, load_data, save_backbone
-from deepcluster import (
-    deep_features,
-    loss_weights,
-    make_body,
-    make_head,
-    neighbour_graph,
-    options,
-    power_iteration_clustering,
-    train,
-    uniform_over_clusters,
-)
-from runs import (
+from jobs import (
     ONE_THREAD,
     ROOT,
     contents,
@@ -49,12 +33,28 @@ from runs import (
     without_times,
     write_images,
 )
+from PIL import Image
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from common import Images, Loader, load_backbone, load_data, save_backbone
+from deepcluster import (
+    deep_features,
+    loss_weights,
+    make_body,
+    make_head,
+    neighbour_graph,
+    options,
+    power_iteration_clustering,
+    train,
+    uniform_over_clusters,
+)
 
 SCRIPT = ROOT / "deepcluster.py"
 QUICK = ["--epochs", "4", "--k", "20", "--batch-size", "128"]  # 11 steps an epoch
 QUICK += ["--image-size", "20", "--resize", "20", "--out", "run"]
 STEPS = 1437 // 128
-trap = functools.partial(runs.trap, "deepcluster")
+trap = functools.partial(jobs.trap, "deepcluster")
 
 
 @pytest.fixture(scope="module")

@@ -10,15 +10,28 @@ from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
+import jobs
 import numpy as np
 import pytest
 import torch
+from jobs import (
+    ROOT,
+    contents,
+    copied,
+    epochs,
+    plain_nmi,
+    read_assignments,
+    read_log,
+    two_at_once,
+    wait_for,
+    without_times,
+    write_images,
+)
 from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import local_aggregation
-import runs
 from common import Images, Loader, load_backbone, load_data
 from local_aggregation import (
     aggregation_loss,
@@ -32,26 +45,13 @@ from local_aggregation import (
     parameter_groups,
     update_bank,
 )
-from runs import (
-    ROOT,
-    contents,
-    copied,
-    epochs,
-    plain_nmi,
-    read_assignments,
-    read_log,
-    two_at_once,
-    wait_for,
-    without_times,
-    write_images,
-)
 
 SCRIPT = ROOT / "local_aggregation.py"
 QUICK = ["--epochs", "3", "--warm-up", "1", "--k", "20", "--background", "300", "--batch-size", "128"]
 QUICK += ["--lr-steps", "2", "--image-size", "16", "--resize", "16", "--out", "run"]
 N, STEPS = 1437, 1437 // 128  # digits: 11 steps an epoch
 CPU = torch.device("cpu")
-trap = functools.partial(runs.trap, "local_aggregation")
+trap = functools.partial(jobs.trap, "local_aggregation")
 
 
 @pytest.fixture(scope="module")
