@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-pytest.register_assert_rewrite("runs")
+pytest.register_assert_rewrite("jobs")
 
 from jobs import Server, plain  # noqa: E402
 
