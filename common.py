@@ -697,9 +697,7 @@ class View:
     ratio: tuple = (3 / 4, 4 / 3)  # width / height of the crop
     flip: float = 0.5
     pad: int = 0  # pixels; > 0: pad and crop at random instead of a resized crop (CIFAR)
-    square: float = (
-        0.0  # > 0: a random square with this share of the shorter side instead (AlexNet: 224 / 256)
-    )
+    square: float = 0.0  # > 0: a random square, this share of the shorter side, instead (AlexNet: 224 / 256)
     jitter: tuple = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
     jitter_p: float = 1.0
     grey: float = 0.0
@@ -1001,9 +999,8 @@ def backbone(arch, channels=3, size=224, sobel=False, dropout=0.5, pool=False, n
         def make(flat):
             start, middle = [nn.Dropout(dropout)] * before, [nn.Dropout(dropout)] * between
             relu, end = nn.ReLU(inplace=True), [nn.BatchNorm1d(second)] * norm
-            relu = (
-                nn.Sequential(nn.BatchNorm1d(first), relu) if norm else relu
-            )  # linear layers keep their names
+            if norm:  # in the ReLU's place, so that the linear layers keep their names
+                relu = nn.Sequential(nn.BatchNorm1d(first), relu)
             return [*start, nn.Linear(flat, first), relu, *middle, nn.Linear(first, second), *end]
 
         return make
@@ -1571,6 +1568,7 @@ def save_backbone(path, net, arch, size, resize, sobel, data, method, embedding=
     meta |= {"channels": data.channels, "mean": list(data.mean), "std": list(data.std)}
     meta |= {"pool": getattr(net, "pool", False), "norm": getattr(net, "norm", False)}
     if main_process():
+        # A loaded network carries its embedding with it, but the trunk is saved alone.
         parts = {"state_dict": net} | ({"embedding": embedding} if embedding is not None else {})
         saved = {
             name: {k: v.detach().cpu().clone() for k, v in part.state_dict().items() if "embedding." not in k}
@@ -1602,9 +1600,11 @@ def load_backbone(path):
         net.load_state_dict(saved["state_dict"])
         net.embedding = None
         if "embedding" in saved:
+            if not isinstance(saved["embedding"], dict):
+                raise TypeError("its embedding is no dictionary")
             net.embedding = Embedding(net.dim, len(saved["embedding"]["bias"]))
             net.embedding.linear.load_state_dict(saved["embedding"])
-    except (RuntimeError, KeyError, TypeError, IndexError) as error:
+    except (RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: weights do not fit {meta['arch']} ({_short(error)})") from None
     return net.eval(), meta
 

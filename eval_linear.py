@@ -29,13 +29,13 @@ What to expect: the second line, 15 seconds on one core: conv1 96.4, conv2 96.1,
 
 Departs from the paper and its code, on purpose:
  1. All stages and weight decays train in one pass; the gradients of one do not touch another.
- 2. With --protocol deepcluster the weight decay is chosen on --held-out of the training images, and the classifier is not trained
-    again with them. "Last" is the last epoch, "best" the best epoch on the held-out images; the released
-    code prints its best epoch on the test images.
+ 2. With --protocol deepcluster the weight decay is chosen on --held-out of the training images, and the
+    classifier is not trained again with them. "Last" is the last epoch, "best" the best epoch on the held-out
+    images; the released code prints its best epoch on the test images.
  3. Classifiers start at zero: the problem is convex (the code: PyTorch's default).
  4. An epoch's last incomplete batch is dropped.
- 5. Networks other than AlexNet at 224 pixels, with --protocol deepcluster: every map is averaged to s x s, s = sqrt(9600 / channels)
-    rounded down, but no more than the map has.
+ 5. Networks other than AlexNet at 224 pixels, with --protocol deepcluster: every map is averaged to s x s,
+    s = sqrt(9600 / channels) rounded down, but no more than the map has.
  6. ResNets: kNN compares the average of the last map, also where training used the whole map.
  7. A labelled folder without val/ or test/: a fifth of its images, the same for all seeds, is the test set.
  8. --random: batch norm gets the statistics of 256 training images, as a trained network has them: the
@@ -45,8 +45,8 @@ Departs from the paper and its code, on purpose:
 11. An evaluation is not resumed: interrupted, it writes nothing; run again, it overwrites its JSON.
 12. --protocol la: all training images train, for a schedule told beforehand, so nothing is chosen. Networks
     that are not in the paper have ResNet's schedule. The code never pools AlexNet's maps (its conv1 has
-    186,624 features, ours 290,400: averaged by 2), crops AlexNet's images in the central square (the paper: anywhere),
-    and counts Places' epochs in steps of ImageNet's.
+    186,624 features, ours 290,400: averaged by 2), crops AlexNet's images in the central square (the paper:
+    anywhere), and counts Places' epochs in steps of ImageNet's.
 13. Random resized crops of data in memory are bilinear without antialiasing.
 """
 
@@ -115,13 +115,8 @@ PROTOCOLS = {  # for all data; "la": Local Aggregation, supplementary 2.1 and co
     "la": {"batch_size": 128, "wd": [1e-4], "held_out": 0.0, "epochs": 70, "lr_steps": [30, 60], "crops": "resnet"},
 }  # fmt: skip
 PROTOCOLS["la-vgg16"] = {**PROTOCOLS["la"], "epochs": 51, "lr_steps": [11, 41]}
-PROTOCOLS["la-alexnet"] = {
-    **PROTOCOLS["la"],
-    "epochs": 65,
-    "lr_steps": [45, 55],
-    "wd": [0.0],
-    "crops": "alexnet",
-}
+PROTOCOLS["la-alexnet"] = {**PROTOCOLS["la"], "epochs": 65, "lr_steps": [45, 55], "wd": [0.0]}
+PROTOCOLS["la-alexnet"]["crops"] = "alexnet"
 
 
 def options(argv=None):
@@ -577,18 +572,9 @@ def summary(features, decays, held_out, on_test, ten):
 
 def table(stages, knn):
     """Print the results, accuracies in per cent."""
-    titles = (
-        "stage",
-        "features",
-        "wd",
-        "held-out",
-        "test last",
-        "test at best held-out",
-        "(epoch)",
-        "ten crops",
-    )
+    titles = "stage", "features", "wd", "held-out", "test last", "test at best held-out", "(epoch)"
     line = "{:8}{:>9}{:>8}{:>10}{:>11}{:>23}{:>9}{:>11}".format
-    say("\n" + line(*titles))
+    say("\n" + line(*titles, "ten crops"))
     for stage, r in stages.items():
         names = ("held_out_last", "test_last", "test_best", "ten_crops_last")
         held, last, best, ten = ("-" if r.get(n) is None else f"{100 * r[n]:.2f}" for n in names)

@@ -397,6 +397,7 @@ def test_damaged_embeddings_are_refused(tmp_path):
     assert common.load_backbone(path)[0].embedding is not None
     for bad in (
         None,
+        torch.zeros(3),
         [weight, bias],
         {},
         {"weight": weight},
@@ -411,6 +412,18 @@ def test_damaged_embeddings_are_refused(tmp_path):
         with pytest.raises(ValueError) as error:
             common.load_backbone(path)
         assert str(path) in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_a_loaded_network_can_be_saved_again(tmp_path):
+    """Its embedding goes beside the trunk once more, not into it."""
+    first, second = tmp_path / "first.pt", tmp_path / "second.pt"
+    write_backbone(first, backbone("lenet5", 1, 32), "lenet5", 1, False, embedding=nn.Linear(84, 7))
+    net, _ = common.load_backbone(first)
+    write_backbone(second, net, "lenet5", 1, False, embedding=net.embedding.linear)
+    for name in ("state_dict", "embedding"):
+        old, new = (common.load_file(p)[name] for p in (first, second))
+        assert list(old) == list(new) and all(torch.equal(old[k], new[k]) for k in old)
+    assert common.load_backbone(second)[0].embedding is not None
 
 
 def test_older_backbone_files_load(tmp_path):
