@@ -571,7 +571,7 @@ class Loader:
         return len(self.data if order is None else order) // self.batch_size
 
     def epoch(self, epoch, views, order=None, start=0, stop=None):
-        """Yield (index (b,), [one (b, C, S, S) normalised float tensor per View]) for each step.
+        """Yield (index (b,), [one (b, C, S, S) normalised float tensor per View, S its size or the loader's]).
 
         order: (M,) dataset positions to visit, default a shuffle of all; start, stop: steps start .. stop - 1.
         The random numbers of the whole batch are drawn on the CPU, then cut to this process's part:
@@ -591,13 +591,13 @@ class Loader:
         if self.data.paths is None:
             for index, rows, turns in map(draw, steps):
                 raw = self.data.pixels[index.to(self.device)]
-                images = [geometry(raw, v, r, self.size) for v, r in zip(views, rows, strict=True)]
+                images = [geometry(raw, v, r, v.size or self.size) for v, r in zip(views, rows, strict=True)]
                 yield index, self._finish(images, views, rows, turns)
             return
 
         def make(image, rows):
             pairs = zip(views, map(torch.from_numpy, rows), strict=True)
-            return [_pil_geometry(image, v, r, self.size) for v, r in pairs]
+            return [_pil_geometry(image, v, r, v.size or self.size) for v, r in pairs]
 
         def keys():
             for index, rows, _ in map(draw, steps):
@@ -704,6 +704,7 @@ class View:
     blur: float = 0.0
     sigma: tuple = (0.1, 2.0)
     solarise: float = 0.0
+    size: int = 0  # pixels; > 0: side of the result, instead of the loader's (small crops)
 
 
 def crop_boxes(random, height, width, area, ratio):
@@ -989,7 +990,8 @@ def backbone(arch, channels=3, size=224, sobel=False, dropout=0.5, pool=False, n
 
     channels: of the images; sobel: filter them first; dropout: of the hidden linear layers;
     pool: ResNets average the last map instead of flattening it; norm: batch norm before the ReLUs of
-    the hidden linear layers, too.
+    the hidden linear layers, too, which then start as PyTorch starts them: what is scaled to a given
+    size afterwards turns the faster, the smaller its weights, and N(0, 0.01) is very small.
     """
     cin = 2 if sobel else channels
 
@@ -1040,6 +1042,9 @@ def backbone(arch, channels=3, size=224, sobel=False, dropout=0.5, pool=False, n
     stages = {f"conv{i + 1}": end for i, end in enumerate(ends)}
     net = PlainNet(modules, tail, stages, channels, size, sobel)
     net.norm = norm
+    for layer in net.modules() if norm else []:
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
     return net
 
 

@@ -228,10 +228,6 @@ def options(argv=None):
 def make_net(args, channels):
     """(trunk, net): images (B, C, S, S) -> unit embeddings (B, D). No dropout, no Sobel [4, code]."""
     trunk = backbone(args.arch, channels, args.image_size, dropout=0.0, pool=True, norm=True)
-    # PyTorch's start instead of N(0, 0.01): what has unit length turns the faster, the smaller the weights.
-    for module in trunk.modules():
-        if isinstance(module, nn.Linear):
-            module.reset_parameters()
     net = nn.Sequential(trunk, Embedding(trunk.dim, args.dim))
     net.dim = args.dim
     return trunk, net
