@@ -337,42 +337,45 @@ def average_labels(labels, shares, found, weight):
     return torch.where(slot, found[..., None], labels), shares / shares.sum(-1, keepdim=True)
 
 
-def soft_targets(labels, shares, temperature, k):
-    """What labels (B, H, S) ask for, (B, H, K): softmax of the shares / lambda' over those that are not 0
-    [supplementary 2.2.2]. One cluster alone gives 1 there."""
+def soft_targets(shares, temperature):
+    """How much the target of an image is of each cluster of its label, (B, H, S): softmax of the shares / lambda'
+    over those that are not 0 [supplementary 2.2.2]. One cluster alone gives 1."""
     weight = ((shares - shares.amax(-1, keepdim=True)) / temperature).exp() * (shares > 0)
-    weight = weight / weight.sum(-1, keepdim=True)
-    return weight.new_zeros(*weight.shape[:2], k).scatter_add_(-1, labels, weight)
+    return weight / weight.sum(-1, keepdim=True)
 
 
-def view_targets(label, logits, label_share):
-    """Targets (V, B, H, K) of views from the label's (B, H, K) and the projections' logits (V, B, H, K).
+def other_views(log_q):
+    """Where the other views of an image are, (V, B, H, K) without gradient, from log probabilities (V, B, H, K).
 
-    One view: the label. Two: a label + (1 - a) q of the other view, q = softmax of its logits, without
-    gradient [supplementary 2.2.3]. Those after the second, small crops: mean of both q in place of one.
+    The first two are each other's target; those after them, small crops, have the mean of both [2.2.3, code].
     """
-    if len(logits) == 1:
-        return label[None]
-    q = logits[:2].detach().softmax(-1)
-    other = torch.cat([q.flip(0), q.mean(0, keepdim=True).expand(len(logits) - 2, *q.shape[1:])])
-    return label_share * label + (1 - label_share) * other
+    q = log_q[:2].detach().exp()
+    small = q.mean(0, keepdim=True).expand(len(log_q) - 2, *q.shape[1:])
+    return torch.cat([q.flip(0), small])
 
 
-def cross_entropy(logits, target):
-    """-sum_k target_k log softmax(logits)_k, mean over images and heads: (V, B, H, K) twice -> (V,)."""
-    assert logits.shape == target.shape, f"{tuple(logits.shape)} against {tuple(target.shape)}"
-    return -(target * logits.log_softmax(-1)).sum(-1).mean((1, 2))
+def coke_loss(x, p, centres, exists, labels, weight, temperature, label_share):
+    """Cross-entropy of projections x and of predictions p (V, B, D) against the same targets, (V,) each [3.3].
 
-
-def coke_loss(x, p, centres, exists, label, temperature, label_share):
-    """Cross-entropy of projections x and of predictions p (V, B, D) against their targets, (V,) each [3.3].
-
-    label (B, H, K) from the last epoch, centres (H, K, D) its centres.
+    centres (H, K, D) and labels (B, H, S) are of the last epoch, weight (B, H, S) from soft_targets. One view:
+    the label is the target. More: a label + (1 - a) other views [supplementary 2.2.3]. Mean over images and heads.
     """
-    # -1e4, not -inf, where there is no cluster: a target of 0 times -inf would be NaN
-    logits = [(similarities(y, centres) / temperature).masked_fill(~exists, -1e4) for y in (x, p)]
-    target = view_targets(label, logits[0], label_share)  # (V, B, H, K)
-    return tuple(cross_entropy(y, target) for y in logits)
+    assert labels.shape == weight.shape and labels.shape[:2] == (x.shape[1], len(centres)), labels.shape
+
+    def log_softmax(y):  # (V, B, D) -> (V, B, H, K); -1e4, for a target of 0 times -inf would be NaN
+        return (similarities(y, centres) / temperature).masked_fill(~exists, -1e4).log_softmax(-1)
+
+    both = [log_softmax(x), log_softmax(p)]
+    losses = [
+        -(weight * y.gather(-1, labels.expand(len(y), *labels.shape))).sum(-1) for y in both
+    ]  # (V, B, H)
+    if len(x) > 1:
+        q = other_views(both[0])
+        losses = [
+            label_share * loss - (1 - label_share) * (q * y).sum(-1)
+            for loss, y in zip(losses, both, strict=True)
+        ]
+    return tuple(loss.mean((1, 2)) for loss in losses)
 
 
 def learning_rate(lr, step, steps, warm_up):
@@ -467,11 +470,9 @@ def train(net, optimizer, loader, memory, epoch, start, steps, sums, now, args):
             everyone, seen = gather(index, equal=True), gather(x[:2].mean(0), equal=True)
             before = memory["previous"]
             labels, shares, changed = cluster(memory, everyone, seen, now, args)
-            label = soft_targets(
-                labels[own], shares[own], args.label_temperature, before.shape[1]
-            )  # (b, H, K)
+            target = labels[own], soft_targets(shares[own], args.label_temperature)  # (b, H, S) each
             loss_x, loss_p = coke_loss(
-                x, p, before, memory["exists"], label, args.temperature, args.label_share
+                x, p, before, memory["exists"], *target, args.temperature, args.label_share
             )
             each = (1 - args.predictor_share) * loss_x + args.predictor_share * loss_p  # (V,)
             loss = each[:2].mean()
