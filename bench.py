@@ -18,6 +18,9 @@ Prints a table and writes --out (bench.json). What the references are:
                   Ours has everything: fetching and augmenting images, seeds, head, heartbeat, optimisers
     aggregation   Local Aggregation from embeddings to their gradient, against product and topk alone;
                   its whole training step against forward and backward of the same network
+    labels        CoKe's averaged labels of a batch, targets and update, against a loop over its images
+    online        CoKe's training step with one, two and many views, against forward and backward of the same
+                  network, projector and predictor on the same views, ready in memory
     extraction    the same network in evaluation mode on the same batches, ready in memory
     probes        one linear classifier after another, the network run up to its stage only
     processes     k-means in one process of one core, against two of one core each; without start-up
@@ -49,6 +52,7 @@ from torchvision import transforms
 
 import faiss  # isort: skip  (after torch, see common.py)
 
+import coke
 import common
 import deepcluster
 import eval_linear
@@ -362,6 +366,86 @@ def bench_aggregation_training(device, quick):
             yield row(name, race(ours, reference, device, 3), aim, images=b * steps)
 
 
+def bench_labels(device, quick):
+    n, b, k, slots = (2_000, 128, 100, 5) if quick else (100_000, 1_024, 5_000, 5)
+    gen = common.generator("bench labels")
+    labels = torch.randint(k, (n, 1, slots), generator=gen).to(device)
+    shares = torch.rand(n, 1, slots, generator=gen) * (torch.rand(n, 1, slots, generator=gen) < 0.7)
+    shares[..., 0] += 0.1
+    shares = (shares / shares.sum(-1, keepdim=True)).to(device)
+    index = torch.randperm(n, generator=gen)[:b].to(device)
+    found = torch.randint(k, (b, 1), generator=gen).to(device)
+
+    def targets():
+        return coke.soft_targets(shares[index], 0.5)
+
+    def targets_loop():
+        rows = []
+        for i in index.tolist():
+            weight = torch.where(shares[i, 0] > 0, (shares[i, 0] / 0.5).exp(), 0.0)
+            rows.append(weight / weight.sum())
+        return torch.stack(rows)[:, None]
+
+    def update():
+        return coke.average_labels(labels[index], shares[index], found, 0.25)
+
+    def update_loop():
+        rows = []
+        for i, new in zip(index.tolist(), found[:, 0].tolist(), strict=True):
+            own, value = labels[i, 0].clone(), shares[i, 0].clone()
+            at = ((own == new) & (value > 0)).nonzero()
+            slot, least = (at[0, 0], 0.0) if len(at) else (value.argmin(), value.min())
+            value[slot] = value[slot] * bool(len(at))
+            value *= (1 - 0.25) / (1 - least)
+            value[slot] += 0.25
+            own[slot] = new
+            rows.append((own, value))
+        return tuple(torch.stack(x)[:, None] for x in zip(*rows, strict=True))
+
+    if not torch.allclose(targets(), targets_loop(), atol=1e-6):
+        raise AssertionError("the targets differ")
+    if not torch.allclose(update()[1], update_loop()[1], atol=1e-6):
+        raise AssertionError("the updates differ")
+    size = f"B={b}, K={k}, S={slots}"
+    yield row(f"CoKe targets, {size}", race(targets, targets_loop, device), ">= 50")
+    yield row(f"CoKe targets and update, {size}", race(
+        lambda: (targets(), update()), lambda: (targets_loop(), update_loop()), device), ">= 50")  # fmt: skip
+
+
+def bench_online(device, quick):
+    cases = [("fashionmnist", 1, 6), ("cifar10", 3, 2)]
+    if device.type == "cuda":
+        cases = [(*rest, 50) for *rest, _ in cases] + [("imagenet", 3, 10)]
+    for recipe, channels, steps in cases[: 1 if quick else None]:
+        for count in ("1", "2", "multi"):
+            args = coke.options(["--recipe", recipe, "--data", "noise", "--views", count])
+            args.amp, args.batch_size = device.type == "cuda", min(args.batch_size, 128)
+            data = synthetic(args.batch_size * steps, channels, args.resize, device)
+            loader = common.Loader(data, args.batch_size, args.image_size, args.resize, device)
+            net = common.to_device(coke.make_net(args, channels)[1], device)
+            optimizer = torch.optim.SGD(net.parameters(), 1e-4, args.momentum, fused=True)
+            slots = args.label_size if args.first_stage < 1 else 1
+            memory = coke.new_memory(args.k, args.dim, len(data), slots, device, "bench")
+            args.init_epochs, args.lr = 0, 1e-4
+            images = next(loader.epoch(0, coke.make_views(args)))[1]
+
+            def ours():
+                coke.train(
+                    net, optimizer, loader, memory, 0, 0, steps, [0.0] * 4, coke.phase(0, steps, args), args
+                )
+
+            def reference():
+                net.train()
+                for _ in range(steps):
+                    net.zero_grad()
+                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                        x, p = net(images)
+                    (x.square().sum() + p.square().sum()).backward()
+
+            name = f"CoKe step, {count} view(s): {args.arch}, {args.image_size} px, B={args.batch_size}, H={len(args.k)}"
+            yield row(name, race(ours, reference, device, 3), "<= 1.15", images=args.batch_size * steps)
+
+
 def bench_probes(device, quick):
     decays, b, n = [1e-3, 1e-4, 1e-5, 1e-6], 128, 128 if quick else 512
     loader = common.Loader(synthetic(n, 3, 32, device), b, 32, 32, device)
@@ -424,7 +508,15 @@ def bench_memory(device, quick):
 
 
 ROWS = [bench_kmeans, bench_pca, bench_nearest, bench_augmentation, bench_training, bench_extraction]
-ROWS += [bench_aggregation, bench_aggregation_training, bench_probes, bench_processes, bench_memory]
+ROWS += [
+    bench_aggregation,
+    bench_aggregation_training,
+    bench_labels,
+    bench_online,
+    bench_probes,
+    bench_processes,
+    bench_memory,
+]
 
 # --------------------------------------------------------------------------- in a process of its own
 

@@ -525,17 +525,19 @@ def predict(net, loader, memory, args):
     return gather(found).cpu(), gather(score).cpu()
 
 
-def untrained_scores(net, loader, judge, args):
-    """Scores of k-means, K = number of classes, on the network as it starts, its batch norm filled from 256 images.
+def untrained_scores(trunk, loader, judge, args):
+    """Scores of k-means, K = number of classes, on the untrained network's features, its batch norm filled.
 
-    Centres are those of the training images, scored are the images of `judge`.
+    Centroids are those of the training images, scored are the images of `judge`.
     """
-    net, some = copy.deepcopy(net), torch.arange(min(256, len(loader.data)))
-    fill_batch_norm(net.encoder, next(loader.fixed(some, batch_size=256))[1][:, 0])
+    trunk, some = copy.deepcopy(trunk), torch.arange(min(256, len(loader.data)))
+    fill_batch_norm(trunk, next(loader.fixed(some, batch_size=256))[1][:, 0])
+    own = [
+        extract(trunk, images, torch.arange(*shard(len(images.data))), args.amp) for images in (loader, judge)
+    ]
     k = min(len(loader.data), len(loader.data.classes))
-    centres = kmeans(embed(net, loader, args), k, gen=generator(args.seed, "untrained")).centroids
-    found = nearest(embed(net, judge, args), centres)[1][:, 0]
-    return label_scores(judge.data.labels, gather(found).cpu())
+    centroids = kmeans(own[0], k, gen=generator(args.seed, "untrained")).centroids
+    return label_scores(judge.data.labels, gather(nearest(own[1], centroids)[1][:, 0]).cpu())
 
 
 def check(args, data):
@@ -604,8 +606,8 @@ def main():
         slots = args.label_size if args.first_stage < 1 else 1
         memory = new_memory(args.k, args.dim, len(data), slots, device, args.seed, "centres")
         if judge:
-            say("clustering the embeddings of the untrained network, to compare with")
-            untrained = untrained_scores(net, loader, judge, args)
+            say("clustering the features of the untrained network, to compare with")
+            untrained = untrained_scores(trunk, loader, judge, args)
 
     net = synchronise(net)
     trained = parallel(torch.compile(net) if args.compile else net)
