@@ -213,11 +213,12 @@ def test_ten_crops_are_the_mean_of_the_softmax_over_a_plain_loop():
         if name.endswith("weight"):
             weight.data -= weight.data.mean(1, keepdim=True)  # what all images share cancels out
     pools = {"conv1": nn.AdaptiveAvgPool2d(5), "conv2": nn.AdaptiveAvgPool2d(3)}
-    ids = torch.arange(3, 30)
-    got = {
-        ten: eval_linear.accuracies(net, pools, probes, Loader(data, 40, 32, 40, CPU), ids, args, ten)
-        for ten in (False, True)
-    }
+    ids, loader = torch.arange(3, 30), Loader(data, 40, 32, 40, CPU)
+
+    def predict(images):
+        return probes(eval_linear.stage_maps(net, images, pools))
+
+    got = {t: eval_linear.accuracies(predict, (2, 2), loader, ids, args, t) for t in (False, True)}
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (data.mean, data.std))
     right = {False: torch.zeros(2, 2), True: torch.zeros(2, 2)}
     for i in ids.tolist():
@@ -289,7 +290,7 @@ def test_held_out_and_test_images_are_not_trained_on(tmp_path, monkeypatch):
     scored, accuracies = [], eval_linear.accuracies
     monkeypatch.setattr(eval_linear, "train", lambda *a: seen.append(a[5]) or train(*a))
     monkeypatch.setattr(
-        eval_linear, "accuracies", lambda *a, **k: scored.append((a[3].data, a[4])) or accuracies(*a, **k)
+        eval_linear, "accuracies", lambda *a, **k: scored.append((a[2].data, a[3])) or accuracies(*a, **k)
     )
     assert run_main("--random", "lenet5", "--epochs", 2, "--no-knn", "--out", tmp_path) == 0
     (held_data, held), (test_data, _) = scored[:2]
@@ -400,9 +401,11 @@ def test_la_schedules_and_crops_are_the_papers():
     )
 
 
-@pytest.mark.parametrize("crops", ["alexnet", "resnet"])
-def test_la_trains_on_crops_of_the_whole_image(crops):
-    """A column ramp tells where a crop lies and how wide it is: 24 of 32 pixels, or area 0.2 to 1."""
+@pytest.mark.parametrize(
+    ("crops", "area"), [("alexnet", None), ("resnet", 0.2), ("imagenet", 0.08), ("cifar", 0.3)]
+)
+def test_crops_of_the_whole_image(crops, area):
+    """A column ramp tells where a crop lies and how wide it is: 24 of 32 pixels, or an area of some share to 1."""
     ramp = torch.arange(64).view(1, 1, 1, 64).expand(400, 1, 32, 64) * 4
     data = Images(
         "ramp", ramp.to(torch.uint8).contiguous(), None, torch.zeros(400).long(), ["a"], (0.0,), (1.0,)
@@ -418,7 +421,8 @@ def test_la_trains_on_crops_of_the_whole_image(crops):
         left = images[:, 0].round()
         assert left.min() == 0 and left.max() == 40, "not the central square alone"
     else:
-        assert width.min() < 24 and width.max() > 32 and width.max() < 44  # ratio 4/3 of 32 rows: 43
+        least = math.sqrt(area * 32 * 64 * 3 / 4)  # of 400 draws one is near
+        assert least - 1 < width.min() < least + 3 and 32 < width.max() < 44  # ratio 4/3 of 32 rows: 43
 
 
 def test_la_chooses_nothing_and_a_choice_needs_held_out_images(tmp_path, capsys):
@@ -432,6 +436,79 @@ def test_la_chooses_nothing_and_a_choice_needs_held_out_images(tmp_path, capsys)
     capsys.readouterr()
     assert run_main(*flags, "--wd", "0", "1e-4") == 2
     assert "--held-out 0" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------- CoKe's protocol
+
+
+def test_coke_has_one_schedule_and_the_rate_of_its_views():
+    def resolved(method, *argv, data="digits"):
+        meta = {"arch": "resnet50", "image_size": 224, "resize": 256, "sobel": False, "method": method}
+        return eval_linear.resolve(eval_linear.options(["run", *argv]), meta, data, CPU)
+
+    for data in ("digits", "data/imagenet"):
+        args = resolved("coke-2", "--protocol", "coke", data=data)
+        assert (args.epochs, args.batch_size, args.wd, args.held_out) == (90, 1024, [1e-6], 0)
+        assert (args.lr_steps, args.crops, args.ten_crops) == (None, "imagenet", True)
+        assert args.flip == (data != "digits")
+    methods = ("coke-1", "coke-2", "coke-multi", "deepcluster", "random")
+    rates = [resolved(method, "--protocol", "coke").lr for method in methods]
+    assert rates == [0.2, 0.4, 0.4, 0.4, 0.4]
+    assert resolved("coke-1", "--protocol", "coke", "--lr", "0.3").lr == 0.3
+    assert [resolved("coke-1", *p).lr for p in ((), ("--protocol", "la"))] == [0.01, 0.01]
+
+
+def test_coke_probes_what_the_network_gives_by_a_plain_loop():
+    """Softmax regression on net(images), the learning rate 0.4 (1 + cos(pi e / 4)) / 2 in epoch e."""
+    data, args, net = small_images(48, 32), arguments(lr=0.4, wd=[1e-2], epochs=4), lenet()
+    for layer in (layer for layer in net.modules() if isinstance(layer, nn.Linear)):
+        layer.weight.data *= 10  # features of a size that can be learnt from
+    probes = eval_linear.Probes({"last feature": 84}, args.wd, 4)
+    optimizer = torch.optim.SGD(probes.groups(args.wd), args.lr, momentum=0.9)
+    rates, step = [], optimizer.step
+    optimizer.step = lambda: rates.append(optimizer.param_groups[0]["lr"]) or step()
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(5))
+    for epoch in range(3):
+        eval_linear.train(net, None, probes, optimizer, Loader(data, 16, 32, 32, CPU), order, epoch, args)
+
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (data.mean, data.std))
+    x = net((data.pixels.float() / 255 - mean) / std)  # (48, 84)
+    weight, bias, speed_w, speed_b, want = torch.zeros(4, 84), torch.zeros(4), 0.0, 0.0, []
+    for t in range(9):
+        ids = order[16 * (t % 3) : 16 * (t % 3) + 16]
+        error = (x[ids] @ weight.T + bias).softmax(1) - nn.functional.one_hot(data.labels[ids], 4)
+        lr = 0.4 * (1 + math.cos(math.pi * (t // 3) / 4)) / 2
+        speed_w = 0.9 * speed_w + error.T @ x[ids] / 16 + 1e-2 * weight
+        speed_b = 0.9 * speed_b + error.mean(0) + 1e-2 * bias
+        weight, bias = weight - lr * speed_w, bias - lr * speed_b
+        want.append(lr)
+    assert rates == pytest.approx(want) and want[3] == pytest.approx(0.4 * 0.8535533906)
+    torch.testing.assert_close(probes.linear["last feature"][0].weight.data, weight, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(probes.linear["last feature"][0].bias.data, bias, atol=1e-6, rtol=1e-4)
+    assert weight.abs().max() > 1e-3
+
+
+def test_coke_probes_a_resnets_average(tmp_path):
+    folder = folder_of(tmp_path / "photos", 2, 10)
+    flags = ["--random", "resnet18", "--data", folder, "--image-size", 16, "--epochs", 1, "--workers", 0]
+    assert run_main(*flags, "--protocol", "coke", "--batch-size", 8, "--out", tmp_path) == 0
+    result = json.loads((tmp_path / "eval_linear-photos-coke.json").read_text())
+    assert list(result["stages"]) == ["last feature"] and result["stages"]["last feature"]["features"] == 512
+
+
+def test_coke_on_the_digits(tmp_path):
+    flags = ["--random", "lenet5", "--protocol", "coke", "--batch-size", 64, "--epochs", 6]
+    flags += ["--lr", 10, "--crops", "centre"]  # an untrained LeNet's last feature is about 0.01
+    assert run_main(*flags, "--ten-crops", "--out", tmp_path) == 0
+    result = json.loads((tmp_path / "eval_linear-digits-coke.json").read_text())
+    stage = result["stages"]["last feature"]
+    assert (stage["features"], stage["wd"], result["args"]["lr"]) == (84, 1e-6, 10)
+    assert result["images"]["train"] == 1437 and len(result["loss"]) == 6
+    assert stage["test_last"] > 0.6 and stage["ten_crops_last"] is not None
+    assert result["knn"]["last feature"]["1"] > 0.8
+
+
+# --------------------------------------------------------------------------- nearest neighbours
 
 
 def test_neighbours_in_the_embedding_by_a_plain_loop():
@@ -487,6 +564,10 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path, capsys):
         ([*random, "--held-out", 1], "--held-out"),
         ([*random, "--epochs", 0], "--epochs"),
         ([*random, "--wd", -1], "--wd"),
+        ([*random, "--lr", 0], "--lr"),
+        ([*random, "--lr", 0.1, 0.01], "--finetune"),
+        ([*random, "--protocol", "coke", "--wd", 0, 1], "--held-out 0"),
+        ([*random, "--data", photos, "--protocol", "coke"], "1024 is more than the 16"),
     ]:
         assert run_main(*argv) == 2, argv
         said = capsys.readouterr().err.strip().splitlines()
