@@ -26,7 +26,30 @@ Symbols: N images, B batch (--batch-size, over all processes), V views (--views)
 What to expect: TODO
 
 Departs from the paper and the authors' code, on purpose:
-TODO
+ 1. The first clustering pass is --init-epochs, on top of the paper's count of epochs; the code calls it epoch 0 of
+    1001, at learning rate 0, where its momentum already gathers gradients. Here nothing is computed backward.
+ 2. One view: b = 0.5 (the paper: no worse than 1).
+ 3. The views differ in blur, the second may be solarised, as in the code (the paper: "as in others").
+ 4. Duals have the code's floor at 0; the theory's bound on their sum is left out, there as well.
+ 5. Averaged labels are never spread out over all K: the loss reads their at most S clusters. In the code a new
+    label whose number is 1 can take two places. An epoch's last incomplete batch is dropped; an image that
+    has no label yet, for that or with --init-epochs 0, is trained with the one it gets now.
+ 6. All tables lie outside the network, a copy on each process, the same after every step as all see the whole
+    batch; in the code they are buffers that are sent around before every step.
+ 7. Batch norm sees the whole batch of all processes, on CPUs, too (torch has that for GPUs alone); each view on its
+    own, as in the code.
+ 8. Similarities and losses are float32, the network in bf16 autocast on CUDA (--no-amp).
+ 9. No weight decay for biases and batch norm with SGD, either. The code's optimiser is not among its published files:
+    LARS is as METHODS in its paper (You et al. 2017) with trust 0.001.
+10. Clusters that are scored, written and drawn are those of centre crops by the nearest centre, without duals; each
+    epoch's log has the labels of training.
+11. Blur is a Gaussian cut off at a twentieth of the image to each side (the code: Pillow's box blurs). Jitter has
+    one order for a batch. Crops of data in memory are bilinear without antialiasing.
+12. Networks are those of the other scripts: batch norm in all linear layers, which start as PyTorch starts them; a
+    ReLU before the projector, where the network has none; ResNets up to 64 pixels have a 3x3 stem and no pooling.
+13. cifar10, cifar100-20: what the paper leaves open is ours: momentum 0.9, weight decay 1e-4, 10 warm-up epochs and
+    cosine, no blur. With the recipes of all other small sets they are ours. ImageNet's and CIFAR's have not been
+    run to the end.
 """
 
 import argparse
@@ -93,13 +116,14 @@ IMAGENET = {
     "arch": "resnet50", "k": [3000, 4000, 5000], "epochs": 1000, "batch_size": 1024, "lr": 1.6, "wd": 1e-6,
     "optimizer": "lars", "warm_up": 10, "ratio": 0.4, "dual_lr": 20.0, "label_share": 0.2, "image_size": 224,
     "resize": 256, "crop_area": 0.08, "small_area": [0.05, 0.6], "flip": True, "colour": True, "blur": True,
+    "projector_layers": 3,
 }  # fmt: skip
 CIFAR = {
     **IMAGENET, "arch": "resnet18", "epochs": 400, "batch_size": 128, "lr": 0.2, "wd": 1e-4, "optimizer": "sgd",
     "ratio": 0.9, "dual_lr": 0.1, "image_size": 32, "resize": 32, "crop_area": 0.3, "blur": False,
 }  # fmt: skip
 SMALL = {
-    **CIFAR, "arch": "lenet5", "k": [10, 20, 30, 40, 50], "lr": 0.05, "warm_up": 5, "dual_lr": 1.0,
+    **CIFAR, "arch": "lenet5", "k": [10, 20, 30, 40, 50], "lr": 0.05, "warm_up": 5, "projector_layers": 2,
     "temperature": 0.1, "label_share": 0.5, "colour": False, "small_area": [0.2, 0.6],
 }  # fmt: skip
 RECIPES = {
@@ -109,6 +133,7 @@ RECIPES = {
     "cifar100-20": {**CIFAR, "k": list(range(20, 201, 20))},
     "fashionmnist": {**SMALL, "k": [10, 20, 50, 100], "epochs": 20},
     "digits": {**SMALL, "epochs": 60, "crop_area": 0.8, "flip": False},
+    "digits-multi": {**SMALL, "epochs": 30, "crop_area": 0.8, "flip": False},
 }
 RECIPES["mnist"] = {**RECIPES["fashionmnist"], "flip": False}
 RECIPES["stl10"] = RECIPES["cifar10"]
@@ -159,7 +184,7 @@ def options(argv=None):
     g.add_argument("--label-size", type=int, default=5, help="S, clusters in an averaged label at most [supplementary 2.2.2]")
     g.add_argument("--label-temperature", type=float, default=0.5, help="of the softmax over an averaged label's clusters [supplementary 2.2.2]")
     g.add_argument("--dim", type=int, default=128, help="D, numbers in an embedding [supplementary 2.1]")
-    g.add_argument("--projector-layers", type=int, default=3, help="linear layers between network and embedding; the paper's ablations: 2 [supplementary 2.1]")
+    g.add_argument("--projector-layers", type=int, help="linear layers between network and embedding: 3; in the paper's ablations 2 [supplementary 2.1]")
     g.add_argument("--optimizer", choices=["lars", "sgd"], help="LARS or plain SGD [supplementary 2.1, 2.4]")
     g.add_argument("--momentum", type=float, default=0.9, help="of either [supplementary 2.1]")
     g.add_argument("--warm-up", type=int, help="epochs in which the learning rate rises [supplementary 2.1]")
