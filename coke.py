@@ -20,7 +20,7 @@ Symbols: N images, B batch (--batch-size, over all processes), V views (--views)
 
     python coke.py                                                  laptop: digits, no download, no GPU
     python coke.py --views 1                                        one view; --views multi: two and small crops
-    python coke.py --data my/photos --k 10 20 50 --batch-size 128   some thousand images, no labels needed
+    python coke.py --data my/photos --k 10 20 50 --ratio 0.9 --dual-lr 0.1 --batch-size 256 --lr 0.8    no labels needed
     torchrun --nproc_per_node=8 coke.py --views 2                   the paper's ImageNet run (data/imagenet)
 
 What to expect: TODO
@@ -39,8 +39,7 @@ Departs from the paper and the authors' code, on purpose:
  7. Batch norm sees the whole batch of all processes, on CPUs, too (torch has that for GPUs alone); each view on its
     own, as in the code.
  8. Similarities and losses are float32, the network in bf16 autocast on CUDA (--no-amp).
- 9. No weight decay for biases and batch norm with SGD, either. The code's optimiser is not among its published files:
-    LARS is as METHODS in its paper (You et al. 2017) with trust 0.001.
+ 9. No weight decay for biases and batch norm with SGD, either.
 10. Clusters that are scored, written and drawn are those of centre crops by the nearest centre, without duals; each
     epoch's log has the labels of training.
 11. Blur is a Gaussian cut off at a twentieth of the image to each side (the code: Pillow's box blurs). Jitter has
@@ -255,9 +254,8 @@ class Network(nn.Module):
         d, parts = trunk.dim, [nn.ReLU()]
         for out in [d] * (layers - 1) + [dim]:
             parts += [nn.Linear(d, out), nn.BatchNorm1d(out), nn.ReLU(inplace=True)]
-        self.encoder = nn.Sequential(
-            trunk, nn.Sequential(*parts[:-1])
-        )  # batch norm after the last layer, too
+        projector = nn.Sequential(*parts[:-1])  # batch norm after the last layer, too
+        self.encoder = nn.Sequential(trunk, projector)
         self.encoder.dim = dim
         self.predictor = None
         if predictor:
@@ -291,10 +289,8 @@ def new_memory(ks, dim, images, slots, device, *key):
         "centres": centres * exists[..., None],  # (H, K, D) and as they move
         "duals": torch.zeros(h, k),  # (H, K)
         "counts": torch.zeros(h, k),  # (H, K) images assigned in this epoch
-        "labels": torch.zeros(images, h, slots, dtype=torch.int32),  # (N, H, S) clusters ..
-        "shares": torch.zeros(
-            images, h, slots
-        ),  # (N, H, S) .. and how much of the image is in each; 0: empty
+        "labels": torch.zeros(images, h, slots, dtype=torch.int32),  # (N, H, S) clusters of each image ..
+        "shares": torch.zeros(images, h, slots),  # (N, H, S) .. and its share in each; 0: empty
     }
     return {name: tensor.to(device) for name, tensor in memory.items()}
 
@@ -438,9 +434,9 @@ class Phase(NamedTuple):
 
 def phase(epoch, steps, args):
     """The Phase of epoch 0, 1, .., those of --init-epochs among them, of `steps` steps each."""
-    trained = max(0, epoch - args.init_epochs)
+    trained, learn = max(0, epoch - args.init_epochs), epoch >= args.init_epochs
     late = trained - round(args.first_stage * args.epochs)
-    return Phase(epoch >= args.init_epochs, late >= 0, 1 / (late + 1) if late >= 0 else 1.0, trained * steps)
+    return Phase(learn, learn and late >= 0, 1 / (max(0, late) + 1), trained * steps)
 
 
 def make_views(args):
@@ -487,7 +483,7 @@ def train(net, optimizer, loader, memory, epoch, start, steps, sums, now, args):
     batches = enumerate(loader.epoch(epoch, make_views(args), start=start), start)
     own, last = slice(*shard(args.batch_size)), args.epochs * steps
     net.train()
-    for step, (index, views) in progress(batches, steps - start, f"epoch {epoch}"):
+    for step, (index, views) in progress(batches, steps - start, f"epoch {epoch - args.init_epochs + 1}"):
         index = index.to(loader.device)
         with torch.set_grad_enabled(now.learn):
             with torch.autocast(loader.device.type, torch.bfloat16, enabled=args.amp):
@@ -520,9 +516,9 @@ def train(net, optimizer, loader, memory, epoch, start, steps, sums, now, args):
 
 
 def end_epoch(memory, now):
-    """The epoch's centres become those of the loss, alone or averaged; counting starts anew."""
-    memory["previous"] = average_centres(memory["previous"], memory["centres"], now.weight)
-    memory["centres"], memory["counts"] = memory["previous"].clone(), torch.zeros_like(memory["counts"])
+    """The memory for the next epoch: the centres become those of the loss, alone or averaged; counts are 0."""
+    centres = average_centres(memory["previous"], memory["centres"], now.weight)
+    return {**memory, "previous": centres, "centres": centres, "counts": torch.zeros_like(memory["counts"])}
 
 
 def stored(memory):
@@ -585,7 +581,13 @@ def check(args, data):
         say(
             f"WARNING: --warm-up {args.warm_up} leaves none of {args.epochs} epochs at the full learning rate"
         )
-    if args.ratio and max(args.k) * 10 > n:
+    if args.dual_lr * args.ratio / min(args.k) > 0.1:
+        say(
+            f"WARNING: --dual-lr {args.dual_lr:g} is large for {min(args.k)} clusters: a batch moves duals by"
+            f" {args.dual_lr * args.ratio / min(args.k):.2g}, and similarities lie in -1..1; try"
+            f" {0.01 * min(args.k):g}"
+        )
+    if max(args.k) * 10 > n:
         say(f"WARNING: --k {max(args.k)} for {n} images is {n / max(args.k):.3g} in a cluster")
 
 
@@ -624,7 +626,7 @@ def main():
             say(f"{args.out} is finished after {args.epochs} epochs; its last lines: {args.out}/log.jsonl")
             leave()
         run.state = state = None  # its copy of the memory
-        say(f"going on from epoch {epoch}, step {step} of {args.out}")
+        say(f"going on from epoch {epoch - args.init_epochs + 1}, step {step} of {args.out}")
         run.log({"resumed": True, "epoch": epoch, "step": step})
     else:
         run.first_record(args, device, data)
@@ -662,7 +664,7 @@ def main():
         before = stored(memory)[:, head] if step == 0 else before
         step, sums, signal = train(trained, optimizer, loader, memory, epoch, step, steps, sums, now, args)
         if signal:
-            stop(signal, save, f"step {step} of epoch {epoch}")
+            stop(signal, save, f"step {step} of epoch {epoch - args.init_epochs + 1}")
         seconds = {"training": time.time() - began}
         record = {"epoch": epoch - args.init_epochs + 1, "phase": title(now)}
         record |= {"lr": optimizer.param_groups[0]["lr"] if now.learn else 0.0}
@@ -670,14 +672,14 @@ def main():
         record |= {name: x / steps for name, x in zip(names, sums, strict=True)}
         record["chance"] = sum(map(math.log, args.k)) / len(args.k)  # the loss if all similarities were equal
         record |= describe(memory, before, data, head, args)
-        end_epoch(memory, now)
+        after = end_epoch(memory, now)  # memory stays as it is until nothing can interrupt any more
         if judge and judge is not loader:
-            found, _ = predict(net, judge, memory, args)
+            found, _ = predict(net, judge, after, args)
             record["test"] = scores(judge.data, found[:, head], args.head)
         seconds["scoring"] = time.time() - began - seconds["training"]
         rate = (steps - first) * args.batch_size / max(1e-9, seconds["training"])
         record |= {"images_per_second": rate, "seconds": seconds, "bad_files": len(loader.bad)}
-        epoch, step, sums = epoch + 1, 0, [0.0] * 4
+        epoch, step, sums, memory = epoch + 1, 0, [0.0] * 4, after
         run.log(record)
         report(record, args)
         if epoch % args.save_every == 0 or epoch == args.init_epochs + args.epochs:
