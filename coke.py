@@ -4,15 +4,15 @@ Qian, Xu, Hu, Li & Jin, Unsupervised Visual Representation Learning by Online Co
 
     each batch:  x, p = unit(project(net(crops))), unit(predict(..))   (V, B, D)  for each of V views
                  label = argmax_k(mean of x . C_now + duals)           (B, H)     kept for the next epoch
-                 duals -= eta * (share of the batch in k - r / K)      (H, K)     not below 0
-                 C_now = unit(mean of the images in k this epoch)      (H, K, D)
+                 duals -= eta * (share of the batch in k - r / K)      (H, K)     not below 0 if r < 1
+                 C_now = unit(running mean of k's images this epoch)   (H, K, D)
                  loss = cross-entropy of softmax(x . C_prev / T), and of p's, with the last epoch's label
     each epoch:  C_prev = C_now
 
 H heads with different K cluster the same embeddings. Two views: an image's target is its label's and, for the
 larger part, where its other view is: a label + (1 - a) softmax(x_other . C_prev / T). Multi view: small crops
-besides, whose target is both large ones'. One view has a second stage instead (the last fifth): labels and
-centres become averages over its epochs.
+besides, whose target is both large ones'. One view has a second stage instead (the last fifth): images are
+assigned to C_prev, labels and centres become averages over its epochs.
 
 Symbols: N images, B batch (--batch-size, over all processes), V views (--views), H heads, K clusters of a head
 (--k), D --dim, S --label-size, C_now, C_prev centres now and of the last epoch, r --ratio, eta --dual-lr, T
@@ -28,18 +28,20 @@ What to expect: TODO
 Departs from the paper and the authors' code, on purpose:
  1. The first clustering pass is --init-epochs, on top of the paper's count of epochs; the code calls it epoch 0 of
     1001, at learning rate 0, where its momentum already gathers gradients. Here nothing is computed backward.
- 2. One view: b = 0.5 (the paper: no worse than 1).
+ 2. One view: b = 0.5 (the code's script: 1, its parser 0.5; the paper: as good as 1).
  3. The views differ in blur, the second may be solarised, as in the code (the paper: "as in others").
- 4. Duals have the code's floor at 0; the theory's bound on their sum is left out, there as well.
+ 4. Duals have the code's floor at 0, for r < 1; the theory's bound on their sum is left out, there as well.
  5. Averaged labels are never spread out over all K: the loss reads their at most S clusters. In the code a new
-    label whose number is 1 can take two places. An epoch's last incomplete batch is dropped; an image that
-    has no label yet, for that or with --init-epochs 0, is trained with the one it gets now.
+    label whose number is 1 can take two places. An epoch's last incomplete batch is dropped: its
+    images keep the label they have; one that has none yet (or --init-epochs 0) is trained with what it gets now.
  6. All tables lie outside the network, a copy on each process, the same after every step as all see the whole
     batch; in the code they are buffers that are sent around before every step.
  7. Batch norm sees the whole batch of all processes, on CPUs, too (torch has that for GPUs alone); each view on its
     own, as in the code.
  8. Similarities and losses are float32, the network in bf16 autocast on CUDA (--no-amp).
- 9. No weight decay for biases and batch norm with SGD, either.
+ 9. LARS: the rate of a tensor is trust ||w|| / ||g + wd w||, the learning rate outside of the momentum (You et al. 2017
+    divide by ||g|| + wd ||w||; the authors' optimiser is not among their files). No weight decay for biases and
+    batch norm, with SGD either.
 10. Clusters that are scored, written and drawn are those of centre crops by the nearest centre, without duals; each
     epoch's log has the labels of training.
 11. Blur is a Gaussian cut off at a twentieth of the image to each side (the code: Pillow's box blurs). Jitter has
@@ -154,7 +156,7 @@ def options(argv=None):
     g.add_argument("--epochs", type=int, help="passes over the data with training, --init-epochs not among them; the learning rate falls to 0 over them")
     g.add_argument("--batch-size", type=int, help="images per step, over all processes [supplementary 2.1]")
     g.add_argument("--lr", type=float, help="highest learning rate, after --warm-up; ImageNet: 0.8 with batch 256, 1.2 with 512 [supplementary 2.2.1]")
-    g.add_argument("--wd", type=float, help="weight decay, of weights but not of biases and batch norm [supplementary 2.1]")
+    g.add_argument("--wd", type=float, help="weight decay [supplementary 2.1], not of biases and batch norm")
     g.add_argument("--image-size", type=int, help="side of the square the network sees, in pixels")
     g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode files, for each training process; not used for data in memory")
     g.add_argument("--seed", type=int, default=0, help="decides every random number")
@@ -168,10 +170,10 @@ def options(argv=None):
     g.add_argument("--recipe", choices=sorted(RECIPES), help="whose defaults to take")
     g.add_argument("--resize", type=int, help="shorter side before the centre crop, in pixels [code]")
     g = p.add_argument_group("CoKe")
-    g.add_argument("--views", choices=sorted(VIEWS), default="2", help="random crops of an image in each step: one; two; two and --small-crops [3, supplementary 2.2.3]")
+    g.add_argument("--views", choices=sorted(VIEWS), default="2", help="random crops of an image in each step: one; two [supplementary 2.2.3]; two and --small-crops [supplementary 2.1]")
     g.add_argument("--ratio", type=float, help="r in 0..1: every cluster holds at least about r N / K images; 1: exactly; 0: no constraint [3.1, code]")
     g.add_argument("--dual-lr", type=float, help="eta, step of the duals; if most labels change in every epoch, lower it; if clusters fall below their bound, raise it [3.1, code]")
-    g.add_argument("--temperature", type=float, help="T; 0.1 for one view, 0.05 for more [supplementary 2.1]; ours for small data")
+    g.add_argument("--temperature", type=float, help="T; 0.1 for one view, 0.05 for more [code; supplementary 2.1]; ours for small data")
     g.add_argument("--label-share", type=float, help="a in 0..1: share of the last epoch's label in the target, against the other view's; not used with one view [supplementary 2.2.3]")
     g.add_argument("--predictor-share", type=float, default=0.5, help="b in 0..1: share of the predictor's loss against the projector's; 0: no predictor [supplementary 2.2.4]")
     g.add_argument("--small-crops", type=int, default=6, help="small crops of an image with --views multi [supplementary 2.1]")
@@ -185,7 +187,7 @@ def options(argv=None):
     g.add_argument("--dim", type=int, default=128, help="D, numbers in an embedding [supplementary 2.1]")
     g.add_argument("--projector-layers", type=int, help="linear layers between network and embedding: 3; in the paper's ablations 2 [supplementary 2.1]")
     g.add_argument("--optimizer", choices=["lars", "sgd"], help="LARS or plain SGD [supplementary 2.1, 2.4]")
-    g.add_argument("--momentum", type=float, default=0.9, help="of either [supplementary 2.1]")
+    g.add_argument("--momentum", type=float, default=0.9, help="of LARS [supplementary 2.1]; of SGD ours")
     g.add_argument("--warm-up", type=int, help="epochs in which the learning rate rises [supplementary 2.1]")
     g.add_argument("--head", type=int, metavar="K", help="clusters of the head that is written to assignments.csv and clusters.png; default: as many as classes, without labels the first")
     g.add_argument("--crop-area", type=float, help="smallest share of the image a large crop keeps, 0..1 [code; supplementary 2.4]")
@@ -246,7 +248,7 @@ def options(argv=None):
 
 
 class Network(nn.Module):
-    """Views of images -> unit projections x and unit predictions p, (V, B, D) float32 each [3.3, Fig. 1]."""
+    """Views of images -> unit projections x and unit predictions p, (V, B, D) float32 each [supplementary 2.2.4, Fig. 1]."""
 
     def __init__(self, trunk, dim, layers, predictor):
         """trunk: (B, C, S, S) -> (B, d), a ReLU may follow; layers: of the projector; predictor: is there one?"""
@@ -323,10 +325,11 @@ def step_duals(duals, members, exists, ratio, lr):
 
 
 def step_centres(centres, counts, members, x, normalise=True):
-    """(centres (H, K, D), counts (H, K)) after a batch: c_k is the mean of all images assigned to k since the
-    counts were 0, at unit length if told so [3.1, code].
+    """(centres (H, K, D), counts (H, K)) after a batch: c_k <- (n_old c_k + sum of its images) / n_k, n_k the images
+    assigned to k since the counts were 0, then unit length if told so [3.1, code].
 
-    The first batch of an epoch that hits a centre replaces it; a centre that is not hit stays. Sums are
+    The first batch of an epoch that hits a centre replaces it; a centre that is not hit stays. Without unit
+    length it is the plain mean; with it, early batches weigh more, as their mean is stretched to 1. Sums are
     a product, not index_add: on a GPU the latter adds in any order, and processes would drift apart.
     """
     hits = members.sum(0)  # (H, K)
@@ -368,7 +371,7 @@ def soft_targets(shares, temperature):
 def other_views(log_q):
     """Where the other views of an image are, (V, B, H, K) without gradient, from log probabilities (V, B, H, K).
 
-    The first two are each other's target; those after them, small crops, have the mean of both [2.2.3, code].
+    The first two are each other's target; those after them, small crops, have the mean of both [supplementary 2.2.3, code].
     """
     q = log_q[:2].detach().exp()
     small = q.mean(0, keepdim=True).expand(len(log_q) - 2, *q.shape[1:])
@@ -408,7 +411,7 @@ def learning_rate(lr, step, steps, warm_up):
 
 @torch.no_grad()
 def lars(weights, wd, trust=0.001):
-    """Make the gradients those whose SGD with momentum is LARS, in place [You et al. 2017; code].
+    """Make the gradients those whose SGD with momentum is LARS, in place [supplementary 2.1; after You et al. 2017].
 
     Tensors with two dimensions or more: g <- g + wd w, then g <- g trust ||w|| / ||g||, if neither is 0.
     The others, biases and batch norm's, keep their gradient: no decay, no scaling.
@@ -441,10 +444,8 @@ def phase(epoch, steps, args):
 
 def make_views(args):
     """How the crops of an image are drawn [code; crop area: supplementary 2.4]."""
-    strong, weak = (0.8, 0.8, 0.8, 0.2), (0.4, 0.4, 0.2, 0.1)
-    view = View(
-        (args.crop_area, 1.0), flip=0.5 * args.flip, grey=0.2 * args.colour, jitter_p=0.8 * args.colour
-    )
+    strong, weak = ((0.8, 0.8, 0.8, 0.2), (0.4, 0.4, 0.2, 0.1)) if args.colour else [(0, 0, 0, 0)] * 2
+    view = View((args.crop_area, 1.0), flip=0.5 * args.flip, grey=0.2 * args.colour, jitter_p=0.8)
     one = replace(view, jitter=strong, blur=0.5 * args.blur)
     if args.views == "1":
         return [one]
@@ -518,7 +519,8 @@ def train(net, optimizer, loader, memory, epoch, start, steps, sums, now, args):
 def end_epoch(memory, now):
     """The memory for the next epoch: the centres become those of the loss, alone or averaged; counts are 0."""
     centres = average_centres(memory["previous"], memory["centres"], now.weight)
-    return {**memory, "previous": centres, "centres": centres, "counts": torch.zeros_like(memory["counts"])}
+    counts = torch.zeros_like(memory["counts"])
+    return {**memory, "previous": centres, "centres": centres.clone(), "counts": counts}
 
 
 def stored(memory):
@@ -710,7 +712,8 @@ def finish(run, net, loader, judge, memory, untrained, args):
             f"k-means on the untrained network: {percent(untrained)}")  # fmt: skip
     say(f"which image is in which cluster: {run.out}/assignments.csv and clusters.png")
     labelled = "" if data.labels is not None else " --data LABELLED"
-    say(f"evaluate the features: python eval_linear.py {run.out}{labelled} --protocol coke")
+    protocol = " --protocol coke" if args.image_size > 64 else ""  # made for ImageNet
+    say(f"evaluate the features: python eval_linear.py {run.out}{labelled}{protocol}")
 
 
 def scores(data, found, k):

@@ -42,7 +42,8 @@ Departs from the paper and its code, on purpose:
  2. With --protocol deepcluster the weight decay is chosen on --held-out of the training images, and the
     classifier is not trained again with them. "Last" is the last epoch, "best" the best epoch on the held-out
     images; the released code prints its best epoch on the test images.
- 3. Classifiers of frozen features start at zero: the problem is convex (the code: PyTorch's default).
+ 3. Classifiers of frozen features start at zero: the problem is convex (the codes: PyTorch's default; CoKe's:
+    N(0, 0.01)).
  4. An epoch's last incomplete batch is dropped.
  5. Networks other than AlexNet at 224 pixels, with --protocol deepcluster: every map is averaged to s x s,
     s = sqrt(9600 / channels) rounded down, but no more than the map has.
@@ -60,7 +61,8 @@ Departs from the paper and its code, on purpose:
     anywhere), and counts Places' epochs in steps of ImageNet's.
 13. Random resized crops of data in memory are bilinear without antialiasing.
 14. --protocol coke: the code's schedule and crops of ImageNet for all data. Networks other than ResNets are
-    probed on their last hidden layer before its ReLU; methods other than CoKe's have its rate for two views.
+    probed on their last hidden layer before its ReLU; two views and other methods than
+    CoKe's have its rate for multi view, 0.4.
 15. --finetune: the paper gives the grid and the factor 10 of the last layer; the rest of its "standard
     procedure" is ours: 20 epochs of batches of 256 for all data, momentum 0.9, cosine to 0 by the step, crops
     of area 0.08 to 1 (0.3 to 1 for networks up to 64 pixels), a ReLU before the last layer (what a ResNet
@@ -161,7 +163,7 @@ def options(argv=None):
     g.add_argument("--root", default="data", help="where named data sets lie or are downloaded to")
     g.add_argument("--epochs", type=int, default=later, help="passes over the training images; default: 90 for folders [DeepCluster], 20 for named sets [Deep Dive 3.3]; la: 65 for alexnet, 51 for vgg16, else 70; coke: 90; --finetune: 20, for each point of the grid")
     g.add_argument("--batch-size", type=int, default=later, help="images per step, over all processes; default: 256 [DeepCluster, code], la: 128, coke: 1024")
-    g.add_argument("--lr", type=float, nargs="+", default=later, help="learning rate at the start, with --finetune several to choose from; default: 0.01, falling as lr / sqrt(1 + lr wd t), t the step [DeepCluster, code]; la: 0.01, falling in --lr-steps; coke: 0.2 after training with one view (coke-1), else 0.4, cosine by the epoch [CoKe, code]; --finetune: 1 0.1 0.01 0.001 [CoKe, supplementary 2.3], cosine by the step")
+    g.add_argument("--lr", type=float, nargs="+", default=later, help="learning rate at the start, with --finetune several to choose from; default: 0.01, falling as lr / sqrt(1 + lr wd t), t the step [DeepCluster, code]; la: 0.01, falling in --lr-steps; coke: 0.2 after training with one view (coke-1), else 0.4, cosine by the epoch [CoKe, code; 0.4 is its rate for multi view]; --finetune: 1 0.1 0.01 0.001 [CoKe, supplementary 2.3], cosine by the step")
     g.add_argument("--wd", type=float, nargs="+", default=later, help="weight decays to choose from, for each stage its own; default: 1e-3 1e-4 1e-5 1e-6 [DeepCluster 4.3: cross-validated; the grid is ours]; la: 1e-4, alexnet 0; coke: 1e-6; --finetune: 1e-5 1e-6 0 [CoKe, supplementary 2.3]")
     g.add_argument("--image-size", type=int, default=later, help="side of the square the network sees, in pixels; only with --random; default: 224 for folders, 32 for named sets")
     g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode files, for each evaluating process; not used for data in memory")
