@@ -132,7 +132,7 @@ RECIPES = {
     "imagenet-multi": {**IMAGENET, "epochs": 800},
     "cifar10": {**CIFAR, "k": list(range(10, 101, 10))},
     "cifar100-20": {**CIFAR, "k": list(range(20, 201, 20))},
-    "fashionmnist": {**SMALL, "k": [10, 20, 50, 100], "epochs": 30, "crop_area": 0.6},
+    "fashionmnist": {**SMALL, "k": [10, 20, 50, 100], "epochs": 10, "crop_area": 0.6},
     "digits": {**SMALL, "epochs": 60, "crop_area": 0.8, "flip": False},
     "digits-multi": {**SMALL, "epochs": 30, "crop_area": 0.8, "flip": False},
 }
