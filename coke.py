@@ -134,6 +134,7 @@ RECIPES = {
     "cifar100-20": {**CIFAR, "k": list(range(20, 201, 20))},
     "fashionmnist": {**SMALL, "k": [10, 20, 50, 100], "epochs": 10, "crop_area": 0.6},
     "digits": {**SMALL, "epochs": 60, "crop_area": 0.8, "flip": False},
+    "digits-1": {**SMALL, "epochs": 100, "crop_area": 0.8, "flip": False},
     "digits-multi": {**SMALL, "epochs": 30, "crop_area": 0.8, "flip": False},
 }
 RECIPES["mnist"] = {**RECIPES["fashionmnist"], "flip": False}
