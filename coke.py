@@ -23,7 +23,12 @@ Symbols: N images, B batch (--batch-size, over all processes), V views (--views)
     python coke.py --data my/photos --k 10 20 50 --ratio 0.9 --dual-lr 0.1 --batch-size 256 --lr 0.8    no labels needed
     torchrun --nproc_per_node=8 coke.py --views 2                   the paper's ImageNet run (data/imagenet)
 
-What to expect: TODO
+What to expect: on digits, 25 s on 2 cores, ACC 93.1, NMI 90.5, ARI 86.6 % of the test images (mean of seeds 90.8, 94.2,
+94.4 ACC); one view 89.6, 87.4, 81.7 (83.3, 93.1, 92.5); k-means on the untrained network 63.6, 60.4, 45.4.
+Fashion-MNIST, 10 epochs, seed 0: 65.2, 56.8, 45.9; one view 68.8, 61.6, 51.8; untrained 57.2, 49.3, 37.6.
+A line's "chance" is the loss if all similarities were equal. "changed" falls from 90 % to 10 %. Before training one
+cluster may hold most images; sizes are then at the bound r N / K or above it, give or take a few. Which images end
+up together is decided early, and rounding is enough to change it: seeds differ by ten points, and numbers of threads.
 
 Departs from the paper and the authors' code, on purpose:
  1. The first clustering pass is --init-epochs, on top of the paper's count of epochs; the code calls it epoch 0 of
@@ -125,7 +130,7 @@ CIFAR = {
 }  # fmt: skip
 SMALL = {
     **CIFAR, "arch": "lenet5", "k": [10, 20, 30, 40, 50], "lr": 0.05, "warm_up": 5, "projector_layers": 2,
-    "temperature": 0.1, "label_share": 0.5, "colour": False, "small_area": [0.2, 0.6],
+    "temperature": 0.1, "label_share": 0.5, "colour": False, "small_area": [0.5, 0.9],
 }  # fmt: skip
 RECIPES = {
     "imagenet": IMAGENET,
