@@ -273,7 +273,9 @@ class Network(nn.Module):
     def forward(self, views):
         z = [self.encoder(images) for images in views]  # each with the batch norm of its own view
         p = [self.predictor(x) for x in z] if self.predictor else z
-        return tuple(F.normalize(torch.stack(y).float(), dim=-1) for y in (z, p))
+        # Where all images are alike, batch norm leaves next to nothing to stretch: without the floor its gradient,
+        # 1 / length, explodes. The length of others is about the root of D.
+        return tuple(F.normalize(torch.stack(y).float(), dim=-1, eps=0.01) for y in (z, p))
 
 
 def make_net(args, channels):
