@@ -407,17 +407,14 @@ def coke_loss(x, p, centres, exists, labels, weight, temperature, label_share):
     def log_softmax(y):  # (V, B, D) -> (V, B, H, K); -1e4, for a target of 0 times -inf would be NaN
         return (similarities(y, centres) / temperature).masked_fill(~exists, -1e4).log_softmax(-1)
 
-    both = [log_softmax(x), log_softmax(p)]
-    losses = [
-        -(weight * y.gather(-1, labels.expand(len(y), *labels.shape))).sum(-1) for y in both
-    ]  # (V, B, H)
-    if len(x) > 1:
-        q = other_views(both[0])
-        losses = [
-            label_share * loss - (1 - label_share) * (q * y).sum(-1)
-            for loss, y in zip(losses, both, strict=True)
-        ]
-    return tuple(loss.mean((1, 2)) for loss in losses)
+    log_x, losses = log_softmax(x), []
+    q = other_views(log_x) if len(x) > 1 else None
+    for log_p in (log_x, log_softmax(p)):
+        loss = -(weight * log_p.gather(-1, labels.expand(len(x), *labels.shape))).sum(-1)  # (V, B, H)
+        if q is not None:
+            loss = label_share * loss - (1 - label_share) * (q * log_p).sum(-1)
+        losses.append(loss.mean((1, 2)))
+    return tuple(losses)
 
 
 def learning_rate(lr, step, steps, warm_up):

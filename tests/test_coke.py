@@ -865,7 +865,7 @@ WRONG["batch-size"] += " 1"  # batch norm compares images
 for _flag in ("workers", "max-bad", "warm-up", "init-epochs"):
     WRONG[_flag] = "-1 0.5 nan"
 TOGETHER = {  # words of the message: arguments
-    "--k another": ["--k", "10", "20", "10"],
+    "--k differ": ["--k", "10", "20", "10"],
     "--k at least": ["--k", "10", "0"],
     "--head 30 10 20": ["--k", "10", "20", "--head", "30"],
     "--small-size lenet5": ["--views", "multi", "--small-size", "16"],
