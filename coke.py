@@ -461,14 +461,13 @@ def make_views(args):
     """How the crops of an image are drawn [code; crop area: supplementary 2.4]."""
     strong, weak = ((0.8, 0.8, 0.8, 0.2), (0.4, 0.4, 0.2, 0.1)) if args.colour else [(0, 0, 0, 0)] * 2
     view = View((args.crop_area, 1.0), flip=0.5 * args.flip, grey=0.2 * args.colour, jitter_p=0.8)
-    one = replace(view, jitter=strong, blur=0.5 * args.blur)
+    single = replace(view, jitter=strong, blur=0.5 * args.blur)
     if args.views == "1":
-        return [one]
+        return [single]
     first = replace(view, jitter=weak, blur=1.0 * args.blur)
     second = replace(view, jitter=weak, blur=0.1 * args.blur, solarise=0.2 * args.colour)
-    small = replace(
-        one, area=tuple(args.small_area), size=args.small_size
-    )  # coloured and blurred as one view
+    # small crops are coloured and blurred as a single view is
+    small = replace(single, area=tuple(args.small_area), size=args.small_size)
     return [first, second] + [small] * args.small_crops * (args.views == "multi")
 
 
@@ -496,7 +495,8 @@ def cluster(memory, index, x, now, args):
 def train(net, optimizer, loader, memory, epoch, start, steps, sums, now, args):
     """Steps start .. of an epoch, with or without learning as its Phase `now` says.
 
-    -> (next step, sums over the steps of the loss and of what is watched (see main), signal or 0)
+    -> (next step, sums over the steps of the loss, projections' loss, predictions' loss and the share of
+    labels that changed, signal or 0)
     """
     batches = enumerate(loader.epoch(epoch, make_views(args), start=start), start)
     own, last = slice(*shard(args.batch_size)), args.epochs * steps
@@ -506,17 +506,17 @@ def train(net, optimizer, loader, memory, epoch, start, steps, sums, now, args):
         with torch.set_grad_enabled(now.learn):
             with torch.autocast(loader.device.type, torch.bfloat16, enabled=args.amp):
                 x, p = net(views)  # (V, b, D) float32, unit length
-            everyone, seen = gather(index, equal=True), gather(x[:2].mean(0), equal=True)
-            before = memory["previous"]
-            labels, shares, changed = cluster(memory, everyone, seen, now, args)
+            # One way, without gradient: all processes' images into clusters; what was known of them comes back.
+            everyone, features = gather(index, equal=True), gather(x[:2].mean(0), equal=True)  # (B,), (B, D)
+            labels, shares, changed = cluster(memory, everyone, features, now, args)
             target = labels[own], soft_targets(shares[own], args.label_temperature)  # (b, H, S) each
-            loss_x, loss_p = coke_loss(
-                x, p, before, memory["exists"], *target, args.temperature, args.label_share
-            )
-            each = (1 - args.predictor_share) * loss_x + args.predictor_share * loss_p  # (V,)
-            loss = each[:2].mean()
-            if len(each) > 2:
-                loss = (1 - args.small_share) * loss + args.small_share * each[2:].mean()
+            # The other: this process's images against the last epoch's labels and centres.
+            heads = memory["previous"], memory["exists"]
+            loss_x, loss_p = coke_loss(x, p, *heads, *target, args.temperature, args.label_share)
+            per_view = (1 - args.predictor_share) * loss_x + args.predictor_share * loss_p  # (V,)
+            loss = per_view[:2].mean()
+            if len(per_view) > 2:
+                loss = (1 - args.small_share) * loss + args.small_share * per_view[2:].mean()
         optimizer.zero_grad()
         if now.learn:
             loss.backward()
