@@ -625,9 +625,8 @@ def main():
     check(args, data)
     rest = (args.image_size, args.resize, device, args.workers, args.seed, args.max_bad)
     loader = Loader(data, args.batch_size, *rest)
-    judge = (
-        None if data.labels is None else loader
-    )  # the images that show what was learnt: test, if it has labels
+    # The images that show what was learnt: the test set, if it has labels.
+    judge = None if data.labels is None else loader
     if judge and test is not None and test.labels is not None:
         judge = Loader(test, args.batch_size, *rest)
     seed_all(args.seed, "weights")
