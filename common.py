@@ -163,6 +163,27 @@ def gather(x, equal=False):
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
+class _GatherWithGradient(torch.autograd.Function):
+    """The parts of all processes, one below the other; a part's gradient is the sum of what all found for it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return gather(x, equal=True)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return total(gradient)[slice(*shard(len(gradient)))]
+
+
+def gather_with_gradient(x):
+    """gather(x, equal=True) with a gradient, for losses that compare images of different processes.
+
+    Each process should average its own part of the loss, such as the pairs of its images with everyone's: the
+    mean over processes, which parallel() takes of gradients, is then the gradient of the whole batch's loss.
+    """
+    return _GatherWithGradient.apply(x) if processes() > 1 else x
+
+
 def shard(n):
     """(start, stop): the part of n things that this process owns; sizes differ by one at most."""
     return rank() * n // processes(), (rank() + 1) * n // processes()
@@ -312,9 +333,9 @@ def seed_all(*key):
         torch.cuda.manual_seed_all(seed)
 
 
-def learning_rate(lr, epoch, steps):
-    """lr divided by ten at each of the epochs `steps`; epoch: those done, 0, 1, .."""
-    return lr * 0.1 ** sum(epoch >= s for s in steps)
+def learning_rate(lr, epoch, steps, factor=0.1):
+    """lr, times `factor` at each of the epochs `steps`; epoch: those done, 0, 1, .."""
+    return lr * factor ** sum(epoch >= s for s in steps)
 
 
 def seed_step(seed, epoch, step):
@@ -921,21 +942,43 @@ class PlainNet(nn.Module):
         return self.classifier(self.maps(images).flatten(1))
 
 
-class ResNet(torchvision.models.ResNet):
-    """torchvision's ResNet without fc; 3x3 stem without pooling for images up to 64 pixels."""
+class PoolShortcut(nn.Module):
+    """A ResNet shortcut without weights: average pooling by the stride, zeros for the new channels.
 
-    def __init__(self, block, layers, channels, size, sobel, pool):
+    (B, C, h, w) -> (B, channels, ceil(h / stride), ceil(w / stride)) [LSD-C, code].
+    """
+
+    def __init__(self, channels, stride):
+        super().__init__()
+        self.channels, self.stride = channels, stride
+
+    def forward(self, x):
+        x = F.avg_pool2d(
+            x, self.stride, ceil_mode=True
+        )  # where the side is odd, as the convolution beside it
+        return F.pad(x, [0, 0, 0, 0, 0, self.channels - x.shape[1]])
+
+
+class ResNet(torchvision.models.ResNet):
+    """torchvision's ResNet without fc; small_stem: 3x3, no pooling, for small images; pool_shortcuts: PoolShortcut."""
+
+    def __init__(self, block, layers, channels, size, sobel, pool, small_stem, pool_shortcuts):
         super().__init__(block, layers)
         del self.fc, self.avgpool
         width, cin = 512 * block.expansion, 2 if sobel else channels
         self.sobel, self.pool = Sobel() if sobel else nn.Identity(), pool
-        if size <= 64:
+        self.small_stem, self.pool_shortcuts = small_stem, pool_shortcuts
+        for module in list(self.modules()) if pool_shortcuts else []:
+            if isinstance(module, block) and module.downsample:
+                convolution = module.downsample[0]
+                module.downsample = PoolShortcut(convolution.out_channels, convolution.stride[0])
+        if small_stem:
             self.conv1, self.maxpool = nn.Conv2d(cin, 64, 3, padding=1, bias=False), nn.Identity()
         elif cin != 3:
             self.conv1 = nn.Conv2d(cin, 64, 7, stride=2, padding=3, bias=False)
         self.stages = {"stem": self.maxpool}
         self.stages |= {f"layer{i}": getattr(self, f"layer{i}") for i in (1, 2, 3, 4)}
-        side = math.ceil(size / (8 if size <= 64 else 32))
+        side = math.ceil(size / (8 if small_stem else 32))
         self.dim = width if pool else width * side * side
         he_init(self)
 
@@ -985,13 +1028,25 @@ def _convolutions(plan, cin):
     return modules, ends
 
 
-def backbone(arch, channels=3, size=224, sobel=False, dropout=0.5, pool=False, norm=False):
+def backbone(
+    arch,
+    channels=3,
+    size=224,
+    sobel=False,
+    dropout=0.5,
+    pool=False,
+    norm=False,
+    small_stem=None,
+    pool_shortcuts=False,
+):
     """A network without its head: .dim features per image, .stages to probe.
 
     channels: of the images; sobel: filter them first; dropout: of the hidden linear layers;
     pool: ResNets average the last map instead of flattening it; norm: batch norm before the ReLUs of
     the hidden linear layers, too, which then start as PyTorch starts them: what is scaled to a given
-    size afterwards turns the faster, the smaller its weights, and N(0, 0.01) is very small.
+    size afterwards turns the faster, the smaller its weights, and N(0, 0.01) is very small. small_stem:
+    ResNets start with a 3x3 convolution and no pooling; by default up to 64 pixels. pool_shortcuts: theirs
+    have no weights (PoolShortcut).
     """
     cin = 2 if sobel else channels
 
@@ -1036,7 +1091,8 @@ def backbone(arch, channels=3, size=224, sobel=False, dropout=0.5, pool=False, n
         block, layers = (
             (blocks.BasicBlock, [2] * 4) if arch == "resnet18" else (blocks.Bottleneck, [3, 4, 6, 3])
         )
-        return ResNet(block, layers, channels, size, sobel, pool)
+        small_stem = size <= 64 if small_stem is None else small_stem
+        return ResNet(block, layers, channels, size, sobel, pool, small_stem, pool_shortcuts)
     else:
         refuse(f"--arch {arch} is unknown; choose one of {', '.join(ARCHS)}")
     stages = {f"conv{i + 1}": end for i, end in enumerate(ends)}
@@ -1346,6 +1402,7 @@ def warn_if_trivial(sizes):
 
 FILES = ["log.jsonl", "checkpoint.pt", "checkpoint.prev.pt", "backbone.pt"]
 FILES += ["checkpoint.damaged.pt", "assignments.csv", "clusters.png"]
+FILES += ["rotnet.pt", "confusion.json", "confusion.png"]  # lsdc.py's
 NOT_COMPARED = {"out", "overwrite", "workers", "device", "save_every", "root", "max_bad"}
 
 
@@ -1362,7 +1419,7 @@ def progress(items, length, text):
 
 
 @contextlib.contextmanager
-def _though_the_disk_be_full(path):
+def though_the_disk_be_full(path):
     """A file that cannot be written is told of and does not end the run."""
     try:
         yield
@@ -1451,7 +1508,7 @@ class Run:
         """Append one JSON object to log.jsonl; NaN is written as null."""
         if main_process():
             path = self.out / "log.jsonl"
-            with _though_the_disk_be_full(path), open(path, "a") as file:
+            with though_the_disk_be_full(path), open(path, "a") as file:
                 file.write(json.dumps(_plain(record)) + "\n")
 
     def first_record(self, args, device, data):
@@ -1572,6 +1629,7 @@ def save_backbone(path, net, arch, size, resize, sobel, data, method, embedding=
     }
     meta |= {"channels": data.channels, "mean": list(data.mean), "std": list(data.std)}
     meta |= {"pool": getattr(net, "pool", False), "norm": getattr(net, "norm", False)}
+    meta |= {name: getattr(net, name) for name in ("small_stem", "pool_shortcuts") if hasattr(net, name)}
     if main_process():
         # A loaded network carries its embedding with it, but the trunk is saved alone.
         parts = {"state_dict": net} | ({"embedding": embedding} if embedding is not None else {})
@@ -1580,6 +1638,13 @@ def save_backbone(path, net, arch, size, resize, sobel, data, method, embedding=
             for name, part in parts.items()
         }
         return save_file(path, {**saved, "meta": meta})
+
+
+def rebuild(meta, **changed):
+    """The network that a backbone.pt's meta tells of, without its weights; changed: other options of backbone()."""
+    shape = (meta["arch"], meta["channels"], meta["image_size"], meta["sobel"])
+    kind = {name: bool(meta.get(name)) for name in ("pool", "norm", "pool_shortcuts")}
+    return backbone(*shape, **{**kind, "small_stem": meta.get("small_stem"), **changed})
 
 
 def load_backbone(path):
@@ -1599,8 +1664,7 @@ def load_backbone(path):
     missing = {"arch", "channels", "image_size", "sobel", "mean", "std", "data", "method"} - set(meta)
     if missing or meta["arch"] not in ARCHS:
         raise ValueError(f"{path}: its network cannot be rebuilt, meta lacks {missing or 'a known arch'}")
-    shape = (meta["arch"], meta["channels"], meta["image_size"], meta["sobel"])
-    net = backbone(*shape, pool=bool(meta.get("pool")), norm=bool(meta.get("norm")))
+    net = rebuild(meta)
     try:
         net.load_state_dict(saved["state_dict"])
         net.embedding = None
@@ -1618,7 +1682,7 @@ def save_assignments(path, data, assign):
     """assignments.csv: image (path, or index for named sets), cluster."""
     if main_process():
         utf8 = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-        with _though_the_disk_be_full(path), open(path, "w", **utf8) as file:
+        with though_the_disk_be_full(path), open(path, "w", **utf8) as file:
             writer = csv.writer(file)
             writer.writerow(["image", "cluster"])
             writer.writerows((data.title(i), c) for i, c in enumerate(assign.tolist()))
@@ -1643,5 +1707,5 @@ def save_pictures(path, loader, assign, distance, rows=10, columns=10):
         crops = torch.cat([x[:, 0] for _, x in loader.fixed(best)]) * loader.std + loader.mean
         tiles.append(torch.cat([crops.cpu(), torch.ones(columns - len(best), *crops.shape[1:])]))
     tiles = torch.cat(tiles).clamp(0, 1)
-    with _though_the_disk_be_full(path):
+    with though_the_disk_be_full(path):
         torchvision.utils.save_image(tiles, path, nrow=columns, padding=2, pad_value=1)
