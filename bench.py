@@ -21,6 +21,9 @@ Prints a table and writes --out (bench.json). What the references are:
     labels        CoKe's averaged labels of a batch, targets and update, against a loop over its images
     online        CoKe's training step with one, two and many views, against forward and backward of the same
                   network, projector and predictor on the same views, ready in memory
+    pairs         LSD-C's pair labels, targets and loss with its gradient, against enumerating all pairs
+    lsdc_training its training step, and RotNet's, against forward and backward of the same network on the same
+                  views, ready in memory
     extraction    the same network in evaluation mode on the same batches, ready in memory
     probes        one linear classifier after another, the network run up to its stage only
     processes     k-means in one process of one core, against two of one core each; without start-up
@@ -57,6 +60,7 @@ import common
 import deepcluster
 import eval_linear
 import local_aggregation
+import lsdc
 
 # --------------------------------------------------------------------------- measuring
 
@@ -446,6 +450,87 @@ def bench_online(device, quick):
             yield row(name, race(ours, reference, device, 3), "<= 1.15", images=args.batch_size * steps)
 
 
+def bench_pairs(device, quick):
+    b, d, k = (64, 64, 10) if quick else (256, 512, 10)
+    gen, rng = common.generator("bench pairs"), np.random.default_rng(0)
+    z = (torch.randn(k, d, generator=gen).repeat(b // k + 1, 1)[:b] + torch.randn(b, d, generator=gen)).relu()
+    z, logits = z.to(device), torch.randn(2, b, k, generator=gen).to(device).requires_grad_()
+    permutations, shares, _ = lsdc.draw_mixture("ricap", b, 32, rng)
+    permutations = permutations.to(device)
+    numbers = (18, 0.9, 0.01, 8.0)  # neighbours, cosine threshold, SNE's threshold and temperature
+
+    def ours():
+        mixed, clean = logits.softmax(-1)
+        target = lsdc.mixed_targets(lsdc.similar_pairs(z, kind, *numbers), permutations, shares)
+        loss = lsdc.pair_loss(mixed, clean, target)
+        return loss, torch.autograd.grad(loss, logits)[0]
+
+    def enumeration():
+        rows, columns = torch.arange(b).repeat_interleave(b).to(device), torch.arange(b).repeat(b).to(device)
+        left, right = z[rows], z[columns]  # (B * B, D) each
+        if kind == "cosine":
+            similar = (left * right).sum(1) / left.norm(dim=1) / right.norm(dim=1) >= numbers[1]
+        else:
+            distance = (left - right).square().sum(1).view(b, b)
+            if kind == "knn":
+                near = distance <= distance.kthvalue(numbers[0] + 1, 1, keepdim=True)[0]
+                similar = near | near.T
+            else:
+                p = (-distance / numbers[3] ** 2).fill_diagonal_(-float("inf")).softmax(1)
+                similar = ((p + p.T) / 2 > numbers[2]).fill_diagonal_(True)
+        similar, mixed, clean = similar.view(b, b).float(), *logits.softmax(-1)
+        target = sum(w * similar[who] for w, who in zip(shares.tolist(), permutations, strict=True)).flatten()
+        same = (mixed[rows] * clean[columns]).sum(1)
+        loss = -(target * (same + 1e-7).log() + (1 - target) * (1 - same + 1e-7).log()).mean()
+        return loss, torch.autograd.grad(loss, logits)[0]
+
+    for kind in ("knn", "cosine", "sne"):
+        if not all(
+            torch.allclose(x, y, rtol=1e-4, atol=1e-6) for x, y in zip(ours(), enumeration(), strict=True)
+        ):
+            raise AssertionError(f"{kind}: the losses differ")
+        seconds = race(ours, enumeration, device)
+        yield row(f"LSD-C pairs, {kind}, B={b}, D={d}", seconds, ">= 100")
+
+
+def bench_lsdc_training(device, quick):
+    cases = [("fashionmnist", 1, 28, 6), ("cifar10", 3, 32, 2)]
+    if device.type == "cuda":
+        cases = [(*rest, 50) for *rest, _ in cases]
+    for recipe, channels, side, steps in cases[: 1 if quick else None]:
+        for kind in ("rotnet", "clustering"):
+            args = lsdc.options(
+                ["--recipe", recipe, "--data", "noise", "--lr", "1e-4", "--pretrain-lr", "1e-4"]
+            )
+            args.amp, args.pretrain_epochs = device.type == "cuda", int(kind == "rotnet")
+            args.batch_size = b = min(args.batch_size, 128) if device.type == "cpu" else args.batch_size
+            data = synthetic(b * steps, channels, side, device)
+            loader = common.Loader(data, b, args.image_size, args.resize, device)
+            trunk, net = (common.to_device(x, device) for x in lsdc.make_net(args, channels))
+            rotations = lsdc.RotNet(trunk).to(device)
+            stage = lsdc.begin(0, rotations, net, [loader, loader], args)
+            view = common.View((args.crop_area, 1.0), flip=0.5 * args.flip, pad=args.pad)
+            views = [view] * (3 if kind == "clustering" else 1)
+            labels, order = data.labels.to(device), torch.arange(len(data))
+            images = next(loader.epoch(0, views))[1]
+            turned = lsdc.four_turns(images[0])[0]
+
+            def ours():
+                losses, batches = lsdc.losses_of(stage, labels, 0, args), loader.epoch(0, views, order)
+                lsdc.train(stage.trained, stage.optimizer, losses, batches, 0, steps, [], "bench")
+
+            def reference():
+                stage.net.train()
+                for _ in range(steps):
+                    stage.net.zero_grad()
+                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                        found = net(images)[1] if kind == "clustering" else rotations(turned)
+                    found.float().square().sum().backward()
+
+            name = f"LSD-C step, {kind}: {args.arch}, {args.image_size} px, B={b}"
+            yield row(name, race(ours, reference, device, 3), "<= 1.15", images=b * steps)
+
+
 def bench_probes(device, quick):
     decays, b, n = [1e-3, 1e-4, 1e-5, 1e-6], 128, 128 if quick else 512
     loader = common.Loader(synthetic(n, 3, 32, device), b, 32, 32, device)
@@ -513,6 +598,8 @@ ROWS += [
     bench_aggregation_training,
     bench_labels,
     bench_online,
+    bench_pairs,
+    bench_lsdc_training,
     bench_probes,
     bench_processes,
     bench_memory,
