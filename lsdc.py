@@ -132,7 +132,7 @@ RECIPES = {
         "crop_area": 0.85, "flip": True, "train_on": "train", "pretrain_epochs": 3, "pretrain_lr_steps": [1, 2],
     },
     "digits": {
-        **SMALL, "epochs": 170, "lr_steps": [110, 140], "ramp_up": 50, "pad": 0, "crop_area": 0.85,
+        **SMALL, "epochs": 100, "lr_steps": [75, 90], "ramp_up": 50, "freeze_stages": 0, "pad": 2,
         "train_on": "train", "pretrain": "none", "score_every": 10,
     },
     "photos": {
@@ -578,7 +578,7 @@ def load_vectors(path, device):
     try:
         with np.load(path, allow_pickle=False) as file:
             features, labels = file["features"], file.get("labels")
-        if features.ndim != 2 or not np.issubdtype(features.dtype, np.number) or 0 in features.shape:
+        if features.ndim != 2 or features.dtype.kind not in "fiu" or 0 in features.shape:
             raise ValueError(f"features must be numbers (N, D), not {features.dtype} {features.shape}")
         features = torch.from_numpy(features.astype(np.float32))
         if not features.isfinite().all():

@@ -249,3 +249,12 @@ def plain_nmi(a, b):
     information = sum(m / n * math.log(m * n / ca[x] / cb[y]) for (x, y), m in both.items())
     entropy = [-sum(m / n * math.log(m / n) for m in c.values()) for c in (ca, cb)]
     return information / math.sqrt(entropy[0] * entropy[1])
+
+
+def refusal(options, arguments, capsys):
+    """The one line below the usage with which a command line ends, exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        options(arguments)
+    *usage, line = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and usage[0].startswith("usage: ") and all(u[0] == " " for u in usage[1:])
+    return line
