@@ -506,7 +506,9 @@ def bench_lsdc_training(device, quick):
             args.batch_size = b = min(args.batch_size, 128) if device.type == "cpu" else args.batch_size
             data = synthetic(b * steps, channels, side, device)
             loader = common.Loader(data, b, args.image_size, args.resize, device)
-            trunk, net = (common.to_device(x, device) for x in lsdc.make_net(args, channels))
+            trunk, net = (
+                common.to_device(x, device) for x in lsdc.make_net(args, lsdc.describe(args, data)[0])
+            )
             rotations = lsdc.RotNet(trunk).to(device)
             stage = lsdc.begin(0, rotations, net, [loader, loader], args)
             view = common.View((args.crop_area, 1.0), flip=0.5 * args.flip, pad=args.pad)

@@ -20,9 +20,29 @@ Symbols: N images, B batch (--batch-size, over all processes), D feature size, K
     torchrun --nproc_per_node=8 lsdc.py --data cifar10          the paper's Table 1
 
 What to expect: TODO
+A line's "chance" is the loss if all pairs were alike; mixtures keep even a perfect network's well above 0. "similar" is
+the share of pairs that S calls similar (here 5 to 10 %), "of one class" how many of them are: it starts at 40 to 60 %
+and rises with accuracy. Nothing keeps clusters equal in size. Which images end up together is decided in the first
+tenth of the epochs, and rounding is enough to change it: seeds differ by ten points, and numbers of threads do.
 
 Departs from the paper and the authors' code, on purpose:
- 1. TODO
+ 1. RICAP: T[r, c] belongs to mixture r and image c, as the paper says; the code has S[r, pi(c)], its transpose.
+ 2. --neighbours counts others. The code's strict comparison leaves of its k the image itself and k - 2 others:
+    18, 8, 8 and 3 in the recipes of CIFAR-10, CIFAR-100-20, MNIST and Reuters. Every image is similar to itself.
+ 3. Pairs, mixtures and batch norm are those of the whole batch of all processes, with gradients to all of them; the
+    result does not depend on their number (the paper: one GPU). An epoch's last incomplete batch is dropped.
+ 4. --train-on both is the paper's way, its recipes' default: training and test images together, without labels.
+    Recipes of ours learn from training images alone. Scores of both parts, and of all, are always given.
+ 5. RotNet turns the crops of clustering's augmentation, and its batch norm sees all four turns of a batch at once.
+ 6. Networks: LeNet-5 for MNIST, and 500-500-2000 for Reuters, with batch norm, are ours (not printed); so is the hidden
+    layer of --classifier-layers 2, as wide as the features. LeNet-5's features are taken after a ReLU. ResNets above
+    96 pixels have torchvision's stem; where a side is odd, average pooling takes what is left.
+ 7. 1 - P is kept at 0 or above where rounding would bring it below.
+ 8. On CUDA, networks run in bf16 autocast (--no-amp); features are compared, and losses computed, in float32.
+ 9. STL-10: of the paper's row, what is not printed (cosine, neighbours, padding's use, 3x3 stem at 96 pixels) is ours.
+    digits, mnist (but for the table's numbers), fashionmnist, svhn and photos are ours. digits has no RotNet: it does
+    not help there. Crops of data in memory are bilinear without antialiasing.
+10. Without --mix, and for vectors, the mixtures are single views.
 """
 
 import argparse
@@ -47,10 +67,8 @@ from common import (
     Images,
     Loader,
     Run,
-    Sobel,
     View,
     agree,
-    backbone,
     before_leaving,
     cluster_sizes,
     default_data,
@@ -89,15 +107,16 @@ from common import (
 )
 
 # --------------------------------------------------------------------------- recipes and options
-# Data set -> hyper-parameters. cifar10, cifar100-20, stl10, mnist, reuters: supplementary, table 1, where it has
-# them. The others, and what the table leaves open, are ours. Flags override.
+# Data set -> hyper-parameters. cifar10, cifar100-20, stl10, mnist, reuters: supplementary, table 1, and the code. The
+# others are ours, and what the table leaves open, marked below, too. Flags override.
 
 PAPER = {
     "arch": "resnet18", "k": 10, "epochs": 220, "batch_size": 256, "lr": 0.1, "wd": 5e-4, "optimizer": "sgd",
     "lr_steps": [140, 180], "consistency": 5.0, "ramp_up": 100, "labeling": "knn", "neighbours": 18,
     "cosine_threshold": 0.9, "sne_threshold": 0.01, "sne_temperature": 1.0, "mix": "ricap", "freeze_stages": 3,
     "image_size": 32, "resize": 32, "pad": 4, "crop_area": 1.0, "flip": True, "train_on": "both",
-    "pretrain": "rotnet", "pretrain_epochs": 200, "pretrain_lr_steps": [60, 120, 160], "score_every": 1,
+    "pretrain": "rotnet", "pretrain_epochs": 200, "pretrain_lr": 0.1, "pretrain_lr_steps": [60, 120, 160],
+    "score_every": 1,
 }  # fmt: skip
 SMALL = {
     **PAPER,
@@ -115,14 +134,17 @@ RECIPES = {
         "cosine_threshold": 0.95, "sne_temperature": 0.5,
     },
     "stl10": {
+        # ours: cosine, neighbours; 12 pixels are the code's
         **PAPER, "epochs": 200, "ramp_up": 50, "labeling": "sne", "sne_temperature": 0.5, "image_size": 96,
         "resize": 96, "pad": 12,
     },
     "mnist": {
+        # ours: network, crops, MixUp, frozen stages, cosine, SNE; 3 epochs of RotNet instead of 200
         **SMALL, "epochs": 15, "lr_steps": [], "ramp_up": 50, "neighbours": 8, "image_size": 28, "resize": 28,
         "pad": 2, "pretrain_epochs": 3, "pretrain_lr_steps": [1, 2],
     },
     "reuters": {
+        # ours: network, cosine, SNE, weight decay
         **PAPER, "arch": "mlp", "k": 4, "epochs": 75, "lr": 1e-3, "wd": 0.0, "optimizer": "adam", "lr_steps": [],
         "consistency": 25.0, "neighbours": 3, "mix": "none", "freeze_stages": 0, "pad": 0, "flip": False,
         "train_on": "train", "pretrain": "none",
@@ -136,7 +158,7 @@ RECIPES = {
         "train_on": "train", "pretrain": "none", "score_every": 10,
     },
     "photos": {
-        **PAPER, "epochs": 40, "lr_steps": [25, 33], "ramp_up": 20, "batch_size": 128, "neighbours": 6,
+        **PAPER, "lr": 0.02, "pretrain_lr": 0.02, "epochs": 40, "lr_steps": [25, 33], "ramp_up": 20, "batch_size": 128, "neighbours": 8,
         "image_size": 128, "resize": 146, "pad": 0, "crop_area": 0.3, "train_on": "train", "pretrain_epochs": 20,
         "pretrain_lr_steps": [6, 12, 16],
     },
@@ -175,7 +197,7 @@ def options(argv=None):
     g.add_argument("--resize", type=int, help="shorter side before the centre crop, in pixels")
     g = p.add_argument_group("LSD-C")
     g.add_argument("--labeling", choices=["knn", "cosine", "sne"], help="which pairs count as similar [3.1, supplementary, table 1]")
-    g.add_argument("--neighbours", type=int, help="knn: nearest others of an image that are similar to it; about half of the images that a cluster has in a batch [supplementary, table 1, less two: see Departs]")
+    g.add_argument("--neighbours", type=int, help="knn: nearest others of an image that are similar to it; half to two thirds of the images that a cluster has in a batch [supplementary, table 1, less two: see Departs]")
     g.add_argument("--cosine-threshold", type=float, help="cosine: pairs of at least this cosine are similar, -1..1 [supplementary, table 1]")
     g.add_argument("--sne-threshold", type=float, help="sne: pairs above this probability are similar, 0..1 [supplementary, table 1]")
     g.add_argument("--sne-temperature", type=float, help="sne: distances are divided by it; smaller: only the nearest count [supplementary, table 1]")
@@ -196,8 +218,8 @@ def options(argv=None):
     g = p.add_argument_group("RotNet")
     g.add_argument("--pretrain", choices=["rotnet", "none"], help="what comes before clustering [supplementary 1, table 4]")
     g.add_argument("--backbone", metavar="FILE", help="start from this backbone.pt, rotnet.pt or run folder instead")
-    g.add_argument("--pretrain-epochs", type=int, help="passes over the data, each image in all four turns [supplementary 1]")
-    g.add_argument("--pretrain-lr", type=float, default=0.1, help="learning rate [supplementary 1]")
+    g.add_argument("--pretrain-epochs", type=int, help="passes over the data, each image in all four turns, with --pretrain rotnet [supplementary 1]")
+    g.add_argument("--pretrain-lr", type=float, help="learning rate [supplementary 1]")
     g.add_argument("--pretrain-lr-steps", type=int, nargs="*", help="epochs after which it is divided by five [supplementary 1]")
     g.add_argument("--pretrain-batch-size", type=int, default=128, help="images per step, each in four turns [RotNet, code]")
     g.add_argument("--pretrain-wd", type=float, default=5e-4, help="weight decay [RotNet, code]")
@@ -214,8 +236,12 @@ def options(argv=None):
     size = first.image_size or RECIPES[recipe]["image_size"]
     p.set_defaults(**{**RECIPES[recipe], "recipe": recipe})
     p.set_defaults(out=default_out(data, first.labeling, RECIPES[recipe]["labeling"]))
-    if first.mix:
-        p.set_defaults(wd=1e-4 if first.mix == "mixup" else PAPER["wd"])
+    if first.mix == "mixup" and RECIPES[recipe]["optimizer"] == "sgd":
+        p.set_defaults(wd=1e-4)
+    elif first.mix and RECIPES[recipe]["mix"] == "mixup" != first.mix:
+        p.set_defaults(wd=PAPER["wd"])
+    if data not in RECIPES and RECIPES[recipe]["pad"]:  # files are of any size
+        p.set_defaults(pad=0, crop_area=0.3)
     if size != RECIPES[recipe]["image_size"]:
         p.set_defaults(resize=default_resize(size))
     args = p.parse_args(argv)
@@ -223,7 +249,8 @@ def options(argv=None):
     counts += ("pretrain_batch_size", "neighbours")
     for name in (*counts, "workers", "max_bad", "ramp_up", "pad", "freeze_stages"):
         if getattr(args, name) < (name in counts):
-            p.error(f"--{name.replace('_', '-')} must be at least {int(name in counts)}")
+            other = "; --pretrain none leaves RotNet out" * (name == "pretrain_epochs")
+            p.error(f"--{name.replace('_', '-')} must be at least {int(name in counts)}{other}")
     for name in ("lr", "wd", "consistency", "pretrain_lr", "pretrain_wd"):
         if not 0 <= getattr(args, name) < math.inf:
             p.error(f"--{name.replace('_', '-')} must be at least 0")
@@ -322,34 +349,44 @@ class Network(nn.Module):
         return z[0].detach().float(), p
 
 
-def make_net(args, channels):
-    """(trunk, net) of the command line; the trunk's weights come from --backbone, if given. channels: D of vectors."""
-    small_stem = args.image_size <= 96  # STL-10 and smaller, as the paper's
-    kind = {"dropout": 0.0, "pool": True}
-    if args.arch == "mlp":
-        trunk = Perceptron(channels)
-    elif args.backbone:
-        trunk = start_from(args, channels, kind)
-    else:
-        kind |= {"norm": True, "small_stem": small_stem, "pool_shortcuts": True}
-        trunk = backbone(args.arch, channels, args.image_size, **kind)
+def make_net(args, about):
+    """(trunk, net) of the command line; about: the trunk, in the words of a backbone.pt's meta (see describe)."""
+    trunk = Perceptron(about["channels"]) if args.arch == "mlp" else rebuild(about, dropout=0.0, pool=True)
     return trunk, Network(trunk, args.k, args.classifier_layers)
 
 
-def start_from(args, channels, kind):
-    """The network of --backbone, of whichever method; refused if it takes other images."""
-    problem = trunk = None
+def describe(args, data):
+    """(about the trunk, its weights or None): that of --backbone, of whichever method, or a new one.
+
+    Refused if --backbone takes other images. Images are normalised as its own were.
+    """
+    channels = data.pixels.shape[1] if args.arch == "mlp" else data.channels
+    about = {
+        "arch": args.arch,
+        "channels": channels,
+        "image_size": args.image_size,
+        "sobel": False,
+        "norm": True,
+    }
+    about |= {"small_stem": args.image_size <= 96, "pool_shortcuts": True}  # 3x3 for STL-10 and smaller
+    about |= {"mean": list(data.mean), "std": list(data.std)}
+    if not args.backbone:
+        return about, None
+    weights = problem = None
     try:
-        loaded, meta = load_backbone(args.backbone)
-        for name, wanted in (("arch", args.arch), ("channels", channels), ("image_size", args.image_size)):
-            if meta[name] != wanted:
-                problem = f"--backbone {args.backbone} has {name} {meta[name]}, this run {wanted}"
-        trunk = rebuild(meta, **kind)
-        trunk.load_state_dict(loaded.state_dict())
+        loaded, found = load_backbone(args.backbone)
+        loaded.embedding = None  # Local Aggregation's
+        for name in ("arch", "channels", "image_size"):
+            if found[name] != about[name]:
+                problem = f"--backbone {args.backbone} has {name} {found[name]}, this run {about[name]}"
+        about, weights = (
+            {**found, "mean": list(found["mean"]), "std": list(found["std"])},
+            loaded.state_dict(),
+        )
     except (ValueError, OSError) as error:
         problem = f"--backbone: {error}"
     agree(problem)
-    return trunk
+    return about, weights
 
 
 def frozen(trunk, stages):
@@ -408,8 +445,8 @@ def similar_pairs(z, labeling, neighbours, cosine_threshold, sne_threshold, sne_
 def draw_mixture(kind, batch, size, rng, beta=0.3):
     """(permutations (M, B), shares (M,), (h, w) of RICAP's first patch) for --mix `kind`; size: of the images, in pixels.
 
-    RICAP: h and w are size * Beta(0.3, 0.3), rounded; patches are h x w, h x (size - w), .., and one of more than
-    a quarter of the image is of image r itself [supplementary 1, code]. MixUp: one share from the same Beta.
+    RICAP: h and w are size * Beta(0.3, 0.3), rounded; patches are h x w, h x (size - w), .. [supplementary 1]; one of
+    more than a quarter of the image is of image r itself [code]. MixUp: one share from the same Beta.
     """
     identity, cut = np.arange(batch), (0, 0)
     if kind == "none":
@@ -619,16 +656,14 @@ def splits_of(train, test):
     return {"train": slice(0, len(train)), "test": slice(len(train), n), "both": slice(0, n)}
 
 
-def scores(data, splits, found, k):
-    """{split: NMI, ARI and, for as many clusters as classes, ACC} of clusters (N,), of splits with labels."""
-    result = {}
-    for name, part in splits.items() if data.labels is not None else []:
-        if data.labels[part].min() >= 0:
-            found_here = label_scores(data.labels[part], found[part])
-            result[name] = {
-                n: x for n, x in found_here.items() if n != "acc_labels" or k == len(data.classes)
-            }
-    return result
+def scores(data, splits, found):
+    """{split: NMI, ACC and ARI} of clusters (N,), of splits with labels."""
+    known = data.labels is not None
+    return {
+        name: label_scores(data.labels[part], found[part])
+        for name, part in splits.items()
+        if known and data.labels[part].min() >= 0
+    }
 
 
 def baseline(net, loader, learn, splits, args, name):
@@ -639,7 +674,7 @@ def baseline(net, loader, learn, splits, args, name):
         centroids = kmeans(z[own < learn], args.k, gen=generator(args.seed, name)).centroids
     except ValueError as error:  # NaN; the same on all processes
         refuse(f"{error}", 1)
-    return scores(loader.data, splits, gather(nearest(z, centroids)[1][:, 0]).cpu(), args.k)
+    return scores(loader.data, splits, gather(nearest(z, centroids)[1][:, 0]).cpu())
 
 
 def predict(net, loader, args):
@@ -660,24 +695,25 @@ def confusion(labels, found, k, classes):
 
 
 def matched(table):
-    """Columns of a confusion matrix so that as many images as possible lie on its diagonal, (K,); the rest after."""
-    rows, columns = linear_sum_assignment(table.numpy(), maximize=True)
-    order = [int(c) for _, c in sorted(zip(rows, columns, strict=True))]
-    return order + [c for c in range(table.shape[1]) if c not in order]
+    """[(class, cluster)] of a confusion matrix: one to one, so that as many images as possible are in such pairs."""
+    return [
+        (int(r), int(c)) for r, c in zip(*linear_sum_assignment(table.numpy(), maximize=True), strict=True)
+    ]
 
 
 def confident(data, splits, found, top, k):
-    """{split: share of predictions above 0.9 and, for as many clusters as classes, how many of those are right}.
+    """{split: share of predictions above 0.9 and how many of those are right} [supplementary 2].
 
-    Right under the matching of clusters to classes that is best for all of the split's images [supplementary 2].
+    Right under the matching of clusters to classes that is best for all of the split's images.
     """
     result = {}
     for name, part in splits.items():
         sure = top[part] > CONFIDENT
         result[name] = {"share": float(sure.float().mean())}
-        if data.labels is not None and k == len(data.classes) and data.labels[part].min() >= 0 and sure.any():
-            labels, clusters = data.labels[part], found[part]
-            class_of = torch.tensor(matched(confusion(labels, clusters, k, k))).argsort()
+        if data.labels is not None and data.labels[part].min() >= 0 and sure.any():
+            labels, clusters, class_of = data.labels[part], found[part], torch.full((k,), -1)
+            for r, c in matched(confusion(labels, clusters, k, len(data.classes))):
+                class_of[c] = r
             result[name]["accuracy"] = float((class_of[clusters] == labels)[sure].float().mean())
     return result
 
@@ -686,10 +722,11 @@ def save_confusion(folder, data, found, top, k):
     """confusion.json and confusion.png: classes in rows, clusters in columns; all images, and confident ones."""
     known = data.labels >= 0
     labels, found, sure = data.labels[known], found[known], top[known] > CONFIDENT
-    order = matched(confusion(labels, found, k, len(data.classes)))
-    tables = [
-        confusion(*x, k, len(data.classes))[:, order] for x in ((labels, found), (labels[sure], found[sure]))
-    ]
+    both = (labels, found), (labels[sure], found[sure])
+    tables = [confusion(*x, k, len(data.classes)) for x in both]
+    order = [c for _, c in matched(tables[0])]  # in the order of their classes, which come in theirs
+    order += [c for c in range(k) if c not in order]
+    tables = [table[:, order] for table in tables]
     if not main_process():
         return
     names = {"classes": data.classes, "clusters": order, "confident_above": CONFIDENT}
@@ -731,21 +768,26 @@ def check(args, data, learn):
             )
     if args.pad:
         sides = set() if data.pixels is None else set(data.pixels.shape[2:])
-        if not sides or min(sides) + 2 * args.pad < args.image_size:
+        if sides != {args.resize} or args.resize + 2 * args.pad < args.image_size:
             refuse(
-                f"--pad {args.pad} takes images of one size, at least {args.image_size - 2 * args.pad} pixels, as"
-                f" named data sets have them; --pad 0 --crop-area 0.3 takes any"
+                f"--pad {args.pad} takes images that all have {args.resize} x {args.resize} pixels (--resize) as they"
+                f" come; --pad 0 --crop-area 0.3 takes any"
             )
+    elif args.crop_area == 1 and args.arch != "mlp":
+        say("WARNING: with --pad 0 and --crop-area 1 nothing but mirror images tells an image's views apart")
     if data.labels is not None and len(data.classes) != args.k:
-        say(f"WARNING: {args.data} has {len(data.classes)} classes and --k is {args.k}: no accuracy (ACC)")
-    if args.labeling == "knn" and args.neighbours > args.batch_size / args.k:
+        say(f"note: {args.data} has {len(data.classes)} classes, and --k is {args.k}")
+    if args.labeling == "knn" and args.neighbours > 0.75 * args.batch_size / args.k:
         say(
-            f"WARNING: {args.neighbours} neighbours, but a batch of {args.batch_size} holds {args.batch_size / args.k:.3g}"
-            f" images of a cluster: others get in; lower --neighbours or raise --batch-size"
+            f"WARNING: {args.neighbours} neighbours, and a batch of {args.batch_size} holds"
+            f" {args.batch_size / args.k:.3g} images of a cluster: others get in; lower --neighbours or raise"
+            " --batch-size"
         )
-    late = [s for s in args.lr_steps if s >= args.epochs]
-    if late:
-        say(f"note: --lr-steps {' '.join(map(str, late))} is not reached in {args.epochs} epochs")
+    for prefix in ("", "pretrain_"):
+        steps, epochs = getattr(args, f"{prefix}lr_steps"), getattr(args, f"{prefix}epochs")
+        late = " ".join(str(s) for s in steps if s >= epochs)
+        if late and epochs:
+            say(f"note: --{prefix.replace('_', '-')}lr-steps {late}: not reached in {epochs} epochs")
 
 
 class Stage(NamedTuple):
@@ -802,9 +844,15 @@ def main():
     check(args, data, learn)
     sizes = [args.pretrain_batch_size if args.pretrain_epochs else args.batch_size, args.batch_size]
     rest = (args.image_size, args.resize, device, args.workers, args.seed, args.max_bad)
+    about, weights = describe(args, data)
+    data = replace(data, mean=tuple(about["mean"]), std=tuple(about["std"]))
     loaders = [(Vectors if vectors else Loader)(data, size, *rest) for size in sizes]
+    loaders[0].bad = loaders[1].bad  # the same files
     seed_all(args.seed, "weights")
-    trunk, net = make_net(args, data.pixels.shape[1] if vectors else data.channels)
+    trunk, net = make_net(args, about)
+    frozen(trunk, args.freeze_stages)  # refused now, if ever
+    if weights:
+        trunk.load_state_dict(weights)
     rotnet = RotNet(trunk)
     for module in (net, rotnet):
         to_device(module, device)
@@ -841,16 +889,17 @@ def main():
                 "sums": sums,  # over those steps: the loss and what goes with it
                 "before": before,  # (N,) clusters when they were last looked at
                 "baselines": baselines,  # scores of k-means before clustering
+                "trunk": about,  # how to build it, see make_net
                 "net": stage.net.state_dict(),  # RotNet's or the clustering network's
                 "optimizer": stage.optimizer.state_dict(),
                 "finished": finished,
             }
         )
-        save_trunk("backbone.pt")
+        run.unsaved |= not save_trunk("backbone.pt")
 
     def save_trunk(name):
-        about = (args.arch, args.image_size, args.resize, has_sobel(trunk), data, f"lsdc-{stage.name}")
-        run.unsaved |= save_backbone(run.out / name, trunk, *about) is False
+        more = (args.arch, args.image_size, args.resize, about["sobel"], data, f"lsdc-{stage.name}")
+        return save_backbone(run.out / name, trunk, *more) is not False
 
     before_leaving(save)
     view = View((args.crop_area, 1.0), flip=0.5 * args.flip, pad=args.pad)
@@ -874,7 +923,7 @@ def main():
         found = before
         if clustering and ((number + 1) % args.score_every == 0 or number + 1 == args.epochs):
             found, top = predict(net, loader, args)
-            record |= describe(data, splits, found, top, before, args)
+            record |= judge(data, splits, found, top, before, args)
         if epoch + 1 == args.pretrain_epochs:
             say("k-means on RotNet's features, to compare with")
             more = baseline(net, loader, learn, splits, args, "pretrained")
@@ -887,21 +936,19 @@ def main():
         run.log({**record, "seconds": seconds, "bad_files": len(loader.bad)})
         report(record, seconds, args)
         epoch, step, sums, before = epoch + 1, 0, [], found
+        saved = True
         if epoch == args.pretrain_epochs:
-            save_trunk("rotnet.pt")
+            saved = save_trunk("rotnet.pt")
             stage = begin(epoch, rotnet, net, loaders, args)
         if epoch % args.save_every == 0 or epoch in (
             args.pretrain_epochs,
             args.pretrain_epochs + args.epochs,
         ):
             save()
+            run.unsaved |= not saved
     finish(run, net, loader, splits, baselines, args)
     save(finished=True)
     run.finish()
-
-
-def has_sobel(trunk):
-    return any(isinstance(module, Sobel) for module in trunk.modules())
 
 
 def filled(net, loader):
@@ -921,17 +968,19 @@ def summary(sums, steps, clustering, labelled, args):
     right = result.pop("rightly_similar")
     if labelled:  # share of the similar pairs that are of one class
         result["purity"] = right / result["similar"] if result["similar"] else None
-    share = (1 + result["similar"] * (args.batch_size - 1)) / args.batch_size  # with every image to itself
-    result["chance"] = -sum(s * math.log(s) for s in (share, 1 - share) if s > 0)  # all pairs alike
+    # Of all pairs, with every image to itself; if all were given one probability, it could not be below 1 / K.
+    share = (1 + result["similar"] * (args.batch_size - 1)) / args.batch_size
+    same = max(share, 1 / args.k)
+    result["chance"] = -sum(s * math.log(p) for s, p in ((share, same), (1 - share, 1 - same)) if p > 0)
     return result
 
 
-def describe(data, splits, found, top, before, args):
+def judge(data, splits, found, top, before, args):
     """Sizes, scores and confidence of the clusters found (N,), NMI to those before."""
     result = {**cluster_sizes(found, args.k), "nmi_previous": None if before is None else nmi(before, found)}
     return {
         **result,
-        "scores": scores(data, splits, found, args.k),
+        "scores": scores(data, splits, found),
         "confident": confident(data, splits, found, top, args.k),
     }
 
@@ -939,7 +988,7 @@ def describe(data, splits, found, top, before, args):
 def finish(run, net, loader, splits, baselines, args):
     """Cluster all centre crops, score them, write what the run leaves behind."""
     data, (found, top) = loader.data, predict(net, loader, args)
-    result = describe(data, splits, found, top, None, args)
+    result = judge(data, splits, found, top, None, args)
     if args.k > 1:
         warn_if_trivial(result)
     run.log({"result": {**result, "baselines": baselines}, "minutes": run.minutes()})
@@ -976,6 +1025,8 @@ def report(record, seconds, args):
     clustering = record["phase"] == "clustering"
     last = args.epochs if clustering else args.pretrain_epochs
     parts = [f"epoch {record['epoch']:3d}/{last}  {record['phase']} loss {record['loss']:.4f}"]
+    if clustering:
+        parts[0] += f", of pairs {record['loss_pairs']:.4f}"
     parts[0] += f" (chance {record['chance']:.3f})"
     if not clustering:
         parts.append(f"{record['turns_right']:.1%} of the turns right")
