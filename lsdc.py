@@ -19,7 +19,8 @@ Symbols: N images, B batch (--batch-size, over all processes), D feature size, K
     python lsdc.py --data reuters.npz --k 4                     vectors; README tells how to make the file
     torchrun --nproc_per_node=8 lsdc.py --data cifar10          the paper's Table 1
 
-What to expect: TODO
+What to expect: on digits, 35 s on 2 cores, ACC 93.3, NMI 90.8, ARI 87.1 % of the test images (mean of seeds 89.7, 95.8,
+94.4 ACC); k-means on the untrained network 60.1, 58.2, 42.4. TODO
 A line's "chance" is the loss if all pairs were alike; mixtures keep even a perfect network's well above 0. "similar" is
 the share of pairs that S calls similar (here 5 to 10 %), "of one class" how many of them are: it starts at 40 to 60 %
 and rises with accuracy. Nothing keeps clusters equal in size. Which images end up together is decided in the first
