@@ -669,6 +669,19 @@ def test_the_network_of_vectors():
     assert net.dim == 2000 and net(random(1, 4, 7)).shape == (4, 2000) and len(net.stages) == 3
 
 
+def test_a_new_trunk_is_the_papers():
+    """3x3 stem up to STL-10's 96 pixels, shortcuts without weights, averaged maps; batch norm in plain networks."""
+    for size, kernel in ((32, 3), (96, 3), (97, 7)):
+        flags = ["--arch", "resnet18", "--image-size", str(size), "--resize", str(size)]
+        trunk, net = new_net(settings(*flags), 3)
+        assert trunk.conv1.kernel_size == (kernel, kernel) and trunk.dim == 512 == net.features.dim
+        assert not [k for k in trunk.state_dict() if "downsample" in k]
+    trunk, net = new_net(settings("--classifier-layers", "2", "--k", "6"))
+    assert [m.num_features for m in trunk.modules() if isinstance(m, nn.BatchNorm1d)] == [120, 84]
+    assert not [m for m in net.modules() if isinstance(m, nn.Dropout) and m.p]
+    assert net.classifier[-1].out_features == 6 and len(net.classifier) == 3
+
+
 def meta_trunk(arch):
     with torch.device("meta"):
         return (
@@ -728,11 +741,19 @@ def test_more_stages_than_there_are_is_refused(arch, most, capsys):
     assert end.value.code == 2 and f"--freeze-stages {most + 1}" in line and str(most) in line
 
 
+def new_net(args, channels=1):
+    """(trunk, net) for images of so many channels."""
+    data = Images("some", None, [], None, [], (0.5,) * channels, (0.2,) * channels)
+    about, weights = lsdc.describe(args, data)
+    assert weights is None
+    return lsdc.make_net(args, about)
+
+
 def epoch_of(args, steps=2, net=None):
     """(state before, state after, net) an epoch of clustering on random images."""
     torch.manual_seed(1)
     if net is None:
-        _, net = lsdc.make_net(args, 1)
+        _, net = new_net(args)
     stage = lsdc.begin(args.pretrain_epochs, RotNet(net.features[0]), net, [None, None], args)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     b, s = args.batch_size, args.image_size
@@ -786,8 +807,8 @@ def test_optimisers_of_both_stages():
         "0.01",
     ]
     flags += ["--lr", "0.3", "--wd", "0.02", "--momentum", "0.8", "--image-size", "16", "--resize", "16"]
-    args = settings(*flags)
-    trunk, net = lsdc.make_net(args, 1)
+    args = settings(*flags, "--freeze-stages", "1", "--optimizer", "sgd")
+    trunk, net = new_net(args)
     rotnet, loaders = RotNet(trunk), ["rotnet's", "clustering's"]
     first = lsdc.begin(0, rotnet, net, loaders, args)
     (group,) = first.optimizer.param_groups
@@ -1057,28 +1078,19 @@ def test_confusion_counts_images():
 
 
 @pytest.mark.parametrize("rows,columns", [(4, 4), (3, 5), (5, 3), (1, 4), (4, 1)])
-def test_matched_puts_the_most_images_on_the_diagonal(rows, columns):
-    """Every column once, in the order of the best of all matchings; those without a class at the end."""
+def test_matched_pairs_classes_and_clusters_for_the_most_images(rows, columns):
+    """One to one, as many pairs as there can be, and of all such matchings the one with most images."""
     for seed in range(5):
         table = torch.from_numpy(rng(seed).integers(0, 30, (rows, columns)))
-        order = matched(table)
-        assert sorted(order) == list(range(columns))
-        assert all(type(c) is int for c in order)
-        small, large = sorted((rows, columns))
-        if columns >= rows:
-            best = max(
-                sum(table[r, c] for r, c in enumerate(p))
-                for p in itertools.permutations(range(columns), rows)
-            )
-            assert sum(table[r, order[r]] for r in range(rows)) == best
-            assert order[rows:] == sorted(order[rows:])
-        else:  # each cluster has a class: in the order of those
-            best = max(
-                sum(table[p[c], c] for c in range(columns))
-                for p in itertools.permutations(range(rows), columns)
-            )
-            chosen = itertools.combinations(range(rows), small)
-            assert max(sum(table[r, c] for r, c in zip(rs, order, strict=True)) for rs in chosen) == best
+        pairs = matched(table)
+        assert len(pairs) == min(rows, columns) and all(type(x) is int for pair in pairs for x in pair)
+        assert len({r for r, _ in pairs}) == len({c for _, c in pairs}) == len(pairs)
+        if rows <= columns:
+            every = (list(enumerate(p)) for p in itertools.permutations(range(columns), rows))
+        else:
+            every = ([(r, c) for c, r in enumerate(p)] for p in itertools.permutations(range(rows), columns))
+        best = max(sum(table[r, c].item() for r, c in one) for one in every)
+        assert sum(table[r, c].item() for r, c in pairs) == best
 
 
 def labelled(labels, classes):
@@ -1100,48 +1112,78 @@ def test_confident_images_and_how_many_of_them_are_right():
     # The sure ones alone would match cluster 0 to class 0; all of them say otherwise.
     top = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 0.95, 0.1, 0.1])
     assert confident(data, splits, found, top, 2)["train"]["accuracy"] == 0.0
-    assert confident(data, splits, found, top, 3)["both"] == {"share": pytest.approx(1 / 8)}
+    assert confident(data, splits, found, top, 3)["both"] == {"share": pytest.approx(1 / 8), "accuracy": 0.0}
     data.labels[7] = -1
     assert "accuracy" not in confident(data, splits, found, top, 2)["both"]
     data.labels = None
     assert confident(data, splits, found, top, 2)["both"] == {"share": pytest.approx(1 / 8)}
 
 
+def test_confident_images_of_a_cluster_without_a_class_are_wrong():
+    """Three clusters for two classes, and two for three: who has no partner is not right."""
+    data, splits = labelled([0, 0, 0, 1, 1], 2), {"train": slice(0, 5)}
+    top = torch.tensor([0.95] * 4 + [0.5])
+    got = confident(data, splits, torch.tensor([2, 2, 0, 1, 1]), top, 3)["train"]
+    assert got == {"share": pytest.approx(4 / 5), "accuracy": pytest.approx(3 / 4)}
+    data = labelled([0, 0, 1, 1, 2], 3)
+    got = confident(data, splits, torch.tensor([1, 1, 0, 0, 0]), torch.full((5,), 0.99), 2)["train"]
+    assert got == {"share": 1.0, "accuracy": pytest.approx(4 / 5)}
+
+
 def test_scores_of_splits_with_labels():
-    """ACC for as many clusters as classes alone; nothing for a split that lacks labels; by hand."""
+    """ACC, NMI and ARI by hand, for more clusters than classes, too; nothing for a split that lacks labels."""
     data = labelled([0, 0, 1, 1, 0, 1], 2)
     splits = {"train": slice(0, 4), "test": slice(4, 6), "both": slice(0, 6)}
     found = torch.tensor([1, 1, 0, 1, 1, 0])
-    got = scores(data, splits, found, 2)
+    got = scores(data, splits, found)
     assert set(got) == set(splits) and got["train"]["acc_labels"] == 3 / 4
     assert got["test"] == {"acc_labels": 1.0, "nmi_labels": pytest.approx(1), "ari_labels": 1.0}
     assert got["both"]["acc_labels"] == pytest.approx(5 / 6)
-    assert set(scores(data, splits, found, 3)["train"]) == {"nmi_labels", "ari_labels"}
+    assert scores(data, splits, torch.tensor([1, 2, 0, 0, 1, 0]))["train"]["acc_labels"] == 3 / 4
     data.labels[5] = -1
-    assert set(scores(data, splits, found, 2)) == {"train"}
+    assert set(scores(data, splits, found)) == {"train"}
     data.labels = None
-    assert scores(data, splits, found, 2) == {}
+    assert scores(data, splits, found) == {}
 
 
 def test_summary_of_an_epoch():
-    """Means over the steps; purity of the similar pairs; chance: all pairs given the same probability."""
-    args = settings("--batch-size", "11", "--neighbours", "3")
+    """Means over the steps; purity of the similar pairs; chance: the best one probability for all pairs."""
+    args = settings("--batch-size", "11", "--neighbours", "3", "--k", "4")
+
+    def best(share):  # no probability of being together is below 1 / K
+        several = [1 / 4 + (1 - 1 / 4) * i / 30000 for i in range(1, 30000)]
+        return min(-share * math.log(p) - (1 - share) * math.log(1 - p) for p in several)
+
     got = lsdc.summary([8.0, 6.0, 4.0, 2.0, 1.0], 4, True, True, args)
-    share = (11 + 0.5 * 11 * 10) / 121
-    chance = -share * math.log(share) - (1 - share) * math.log(1 - share)
-    want = {
-        "loss": 2,
-        "loss_pairs": 1.5,
-        "loss_consistency": 1,
-        "similar": 0.5,
-        "purity": 0.5,
-        "chance": chance,
+    share = (11 + 0.5 * 11 * 10) / 121  # each is similar to itself, too
+    want = {"loss": 2, "loss_pairs": 1.5, "loss_consistency": 1, "similar": 0.5, "purity": 0.5}
+    assert got == {k: pytest.approx(v) for k, v in want.items()} | {
+        "chance": pytest.approx(best(share), abs=1e-4)
     }
-    assert got == {k: pytest.approx(v) for k, v in want.items()}
-    assert "purity" not in lsdc.summary([8.0, 6.0, 4.0, 2.0, 2.0], 4, True, False, args)
+    got = lsdc.summary([8.0, 6.0, 4.0, 0.2, 0.2], 4, True, False, args)
+    assert "purity" not in got
+    assert got["chance"] == pytest.approx(best((11 + 0.05 * 110) / 121), abs=1e-4)
     assert lsdc.summary([8.0, 6.0, 4.0, 0.0, 0.0], 4, True, True, args)["purity"] is None
     got = lsdc.summary([6.0, 2.0], 4, False, True, args)
     assert got == {"loss": 1.5, "turns_right": 0.5, "chance": pytest.approx(math.log(4))}
+
+
+def test_the_baseline_learns_from_the_images_to_learn_from_alone(monkeypatch):
+    """k-means sees the features of the first images; the nearest of its centroids are the clusters of all."""
+    z = torch.tensor([[0.0], [1.0], [10.0], [11.0], [2.0], [9.0]])
+    data = Images("x", z, None, torch.tensor([0, 0, 1, 1, 0, 0]), ["a", "b"], (0.0,), (1.0,))
+    net, seen = SimpleNamespace(features=nn.Identity()), []
+
+    def kmeans(x, k, gen):
+        seen.append((x.tolist(), k))
+        return SimpleNamespace(centroids=torch.tensor([[0.5], [10.5]]))
+
+    monkeypatch.setattr(lsdc, "kmeans", kmeans)
+    splits = {"train": slice(0, 4), "test": slice(4, 6)}
+    args = SimpleNamespace(k=2, seed=0, amp=False)
+    got = lsdc.baseline(net, Vectors(data, 2, 1, 1, CPU, 0), 4, splits, args, "untrained")
+    assert seen == [([[0.0], [1.0], [10.0], [11.0]], 2)]
+    assert got["train"]["acc_labels"] == 1 and got["test"]["acc_labels"] == 0.5
 
 
 def test_filling_batch_norm_leaves_the_network_alone():
@@ -1211,14 +1253,12 @@ def test_cifar_is_run_as_in_the_paper():
     assert values(args, "image_size arch k") == [96, "resnet18", 10]
 
 
-@pytest.mark.parametrize("data", [*TABLE, "svhn", "fashionmnist", "digits", "some/folder"])
+@pytest.mark.parametrize("data", [*list(TABLE)[:4], "svhn", "fashionmnist", "digits", "some/folder"])
 def test_mixup_has_a_smaller_weight_decay(data):
     """1e-4 with --mix mixup and the paper's 5e-4 with patches, unless told otherwise."""
-    assert options(["--data", data, "--mix", "mixup"]).wd == 1e-4
-    assert options(["--data", data, "--mix", "mixup", "--wd", "0.3"]).wd == 0.3
-    if not data.endswith(".npz"):
-        assert options(["--data", data, "--mix", "ricap"]).wd == 5e-4
-        assert options(["--data", data, "--mix", "ricap", "--wd", "0.3"]).wd == 0.3
+    for kind, decay in (("mixup", 1e-4), ("ricap", 5e-4)):
+        assert options(["--data", data, "--mix", kind]).wd == decay
+        assert options(["--data", data, "--mix", kind, "--wd", "0.3"]).wd == 0.3
 
 
 @pytest.mark.parametrize("data", [*TABLE, "svhn", "fashionmnist", "digits", "some/folder"])
@@ -1398,7 +1438,8 @@ class Some(list):
         self.pixels = None if size is None else torch.zeros(n, 1, *size)
 
 
-FITS = ["--batch-size", "20", "--k", "5", "--neighbours", "4", "--epochs", "9", "--lr-steps", "5"]
+FITS = ["--batch-size", "20", "--k", "5", "--neighbours", "3", "--epochs", "9", "--lr-steps", "5"]
+FITS += ["--pad", "0", "--crop-area", "0.8", "--labeling", "knn", "--image-size", "32", "--resize", "32"]
 
 
 @pytest.mark.parametrize(
@@ -1406,13 +1447,13 @@ FITS = ["--batch-size", "20", "--k", "5", "--neighbours", "4", "--epochs", "9", 
     [
         ([], Some(100, 5), []),
         ([], Some(100, 0), []),
-        ([], Some(100, 7), ["WARNING", "7 classes", "ACC"]),
-        (["--neighbours", "5"], Some(100, 5), ["WARNING", "5 neighbours", "--batch-size"]),
-        (["--neighbours", "5", "--labeling", "cosine"], Some(100, 5), []),
+        ([], Some(100, 7), ["7 classes", "--k is 5"]),
+        (["--neighbours", "4"], Some(100, 5), ["WARNING", "4 neighbours", "--batch-size"]),
+        (["--neighbours", "4", "--labeling", "cosine"], Some(100, 5), []),
         (["--lr-steps", "5", "9"], Some(100, 5), ["--lr-steps 9", "9 epochs"]),
         (["--lr-steps", "5", "8"], Some(100, 5), []),
-        (["--pad", "2"], Some(100, 5, (28, 28)), []),
-        (["--pad", "4"], Some(100, 5, (24, 30)), []),
+        (["--crop-area", "1"], Some(100, 5), ["WARNING", "--crop-area 1"]),
+        (["--pad", "2", "--crop-area", "1"], Some(100, 5, (32, 32)), []),
     ],
 )
 def test_what_is_warned_of(flags, data, words, capsys):
@@ -1433,7 +1474,8 @@ def test_what_is_warned_of(flags, data, words, capsys):
             ["--pretrain-batch-size 101"],
         ),
         (["--pad", "2"], Some(100, 5), ["--pad 2"]),
-        (["--pad", "2"], Some(100, 5, (27, 40)), ["--pad 2", "28"]),
+        (["--pad", "2"], Some(100, 5, (27, 40)), ["--pad 2", "32"]),
+        (["--pad", "2"], Some(100, 5, (32, 40)), ["--pad 2", "32"]),
         (["--pad", "2"], Some(100, 5, ()), ["--pad 2"]),
     ],
 )

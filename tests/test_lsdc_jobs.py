@@ -50,16 +50,29 @@ def words(text):
 
 # A few digits of four classes as files, 60 to learn from and 20 to test on: RotNet makes 3 steps an epoch,
 # clustering 3 (with the test images 4 and 5).
-FEW = words(
-    "--recipe digits --image-size 16 --resize 16 --k 4 --workers 0 --out run --lr 0.05 --pretrain-lr 0.05"
+# What a recipe may change is said in full.
+PLAIN = words(
+    "--workers 0 --out run --optimizer sgd --momentum 0.9 --labeling knn --mix mixup --pretrain none"
 )
-FEW += words("--batch-size 16 --neighbours 3 --epochs 3 --pretrain-batch-size 20 --pretrain-epochs 2")
-FEW += words("--lr-steps 1 2 --pretrain-lr-steps 1 --ramp-up 2 --score-every 1 --consistency 4 --wd 0.001")
-DIGITS = words("--data digits --image-size 16 --resize 16 --batch-size 256 --epochs 3 --workers 0 --out run")
-DIGITS += words("--pretrain rotnet --pretrain-epochs 1 --ramp-up 2 --neighbours 8 --score-every 2")
-VECTORS = words("--k 10 --batch-size 128 --neighbours 5 --epochs 2 --workers 0 --out run --ramp-up 1")
-LEARN = words("--data digits --workers 0 --out run --image-size 16 --resize 16 --epochs 40 --score-every 20")
-LEARN += words("--mix none --freeze-stages 0 --batch-size 128 --neighbours 5 --lr-steps 28 36 --ramp-up 15")
+IMAGES = [
+    *PLAIN,
+    *words("--pad 0 --crop-area 0.85 --no-flip --freeze-stages 1 --train-on train --image-size 16"),
+]
+IMAGES += words("--resize 16 --classifier-layers 1 --arch lenet5 --pretrain-wd 0.0005")
+FEW = [*IMAGES, *words("--recipe digits --k 4 --lr 0.05 --pretrain-lr 0.05 --batch-size 16 --neighbours 3")]
+FEW += words("--epochs 3 --pretrain-batch-size 20 --pretrain-epochs 2 --lr-steps 1 2 --pretrain-lr-steps 1")
+FEW += words("--ramp-up 2 --score-every 1 --consistency 4 --wd 0.001")
+DIGITS = [*IMAGES, *words("--data digits --batch-size 256 --epochs 3 --lr 0.1 --lr-steps --wd 0.0001")]
+DIGITS += words(
+    "--pretrain rotnet --pretrain-epochs 1 --pretrain-batch-size 128 --pretrain-lr 0.1 --ramp-up 2"
+)
+DIGITS += words("--neighbours 8 --score-every 2 --consistency 5")
+VECTORS = words("--k 10 --batch-size 64 --neighbours 3 --epochs 2 --workers 0 --out run --ramp-up 1")
+LEARN = [
+    *IMAGES,
+    *words("--data digits --epochs 40 --score-every 20 --mix none --freeze-stages 0 --batch-size 128"),
+]
+LEARN += words("--neighbours 5 --lr 0.1 --wd 0.0005 --lr-steps 28 36 --ramp-up 15 --consistency 5")
 RUNS = {  # name: (data, flags)
     "ricap": ("few", [*FEW, *words("--pretrain rotnet --mix ricap")]),
     "mixup": (
@@ -67,7 +80,7 @@ RUNS = {  # name: (data, flags)
         [
             *FEW,
             *words("--pretrain rotnet --mix mixup --labeling cosine --cosine-threshold 0.8 --train-on both"),
-            *words("--optimizer adam --lr 0.002 --freeze-bn --score-every 2 --save-every 2"),
+            *words("--optimizer adam --lr 0.002 --freeze-bn --score-every 2 --save-every 3"),
         ],
     ),
     "sne": ("few", [*FEW, *words("--pretrain none --mix none --labeling sne --classifier-layers 2 --flip")]),
@@ -164,29 +177,30 @@ def places(tmp_path_factory):
     (root / "empty").mkdir()
     (root / "file").write_text("not a folder")
     x, y = load_digits(return_X_y=True)
-    x, rng = x.astype(np.float32) / 16, np.random.default_rng(0)
+    x, y, rng = x[:300].astype(np.float32) / 16, y[:300], np.random.default_rng(0)
     np.savez(root / "vectors.npz", features=x, labels=y)
     np.savez(root / "shuffled.npz", features=x, labels=rng.permutation(y))
     np.savez(root / "unlabelled.npz", features=x)
     np.savez(root / "small.npz", features=x[:50], labels=y[:50])
     np.savez(root / "alike.npz", features=np.tile(x[:1], (60, 1)), labels=y[:60])
     bad = np.where(np.arange(64) == 9, np.nan, x)
-    evil = np.array([Evil(root / "pwned")] * 50, dtype=object)
+    evil = np.array([Evil(root / "pwned")] * 300, dtype=object)
     wrong = {
         "nan": {"features": bad},
         "infinite": {"features": np.where(np.arange(64) == 9, np.inf, x)},
         "too large": {"features": x.astype(np.float64) * 1e300},
         "complex": {"features": x + 1j},
-        "words": {"features": np.array([["a", "b"]] * 50)},
+        "words": {"features": np.array([["a", "b"]] * 300)},
         "flat vectors": {"features": x[0]},
         "images": {"features": x[:40].reshape(40, 8, 8)},
         "no rows": {"features": x[:0]},
         "no columns": {"features": x[:, :0]},
         "no features": {"data": x, "labels": y},
         "labels too few": {"features": x, "labels": y[:-1]},
-        "labels of two": {"features": x[:50], "labels": np.stack([y[:50]] * 2, 1)},
-        "objects": {"features": evil.reshape(50, 1)},
-        "label objects": {"features": x[:50], "labels": evil},
+        "labels too many": {"features": x, "labels": [*y, 0]},
+        "labels of two": {"features": x, "labels": np.stack([y] * 2, 1)},
+        "objects": {"features": evil.reshape(300, 1)},
+        "label objects": {"features": x, "labels": evil},
     }
     for name, arrays in wrong.items():
         np.savez(root / f"{name}.npz", **arrays)
@@ -261,8 +275,10 @@ def test_crops_are_those_of_the_flags(whole, start):
         for views in seen_by(whole[name])["views"]:
             assert all(v["area"] == (0.85, 1.0) and v["flip"] == flip and v["pad"] == 0 for v in views)
             assert not any(any(v["jitter"]) or v["grey"] or v["blur"] or v["solarise"] for v in views)
-    flags = words("--data digits --pad 3 --batch-size 700 --epochs 1 --workers 0 --out run")
-    job = start(flags, RECORD).ok()
+    flags = words("--data digits --pad 3 --batch-size 128 --workers 0 --out run")
+    stop = "lsdc.heartbeat = lambda *values: (*[1.0] * len(values), 15)\ntry:\n"
+    job = start(flags, RECORD.replace("try:\n", stop)).wait()
+    assert job.code == 128 + 15, job.err
     (_, _, views), *_ = seen_by(job)["batches"]
     assert all(v["pad"] == 3 for v in seen_by(job)["views"][0])
     black = min(x.min().item() for x in views)
@@ -350,7 +366,7 @@ def test_what_the_clustering_loss_is_given(whole, places, name):
 def test_log_holds_what_ran_every_epoch_and_the_result(whole, places, name):
     """First record, one an epoch, result last; what is scored with labels of three splits, of vectors one."""
     first, *records, last = whole[name].log()
-    n, classes = {"digits": (1797, 10), "vectors": (1797, 10)}.get(name, (80, 4))
+    n, classes = {"digits": (1797, 10), "vectors": (300, 10)}.get(name, (80, 4))
     assert first["command"] == "lsdc.py " + " ".join(map(str, flags_of(name, places)))
     assert first["args"]["k"] == classes and first["processes"] == 1
     assert {"torch", "torchvision", "faiss"} <= set(first["versions"])
@@ -478,12 +494,11 @@ def predictions(job, name, places):
         with np.load(places.vectors) as file:
             x, labels = torch.from_numpy(file["features"]), file["labels"].tolist()
         splits = {"train": slice(0, len(x))}
-        _, net = make_net(args, 64)
     else:
         train, test = splits_by_name(name, places)
         x, labels = torch.cat([crops(train), crops(test)]), train.labels.tolist() + test.labels.tolist()
         splits = {"train": slice(0, len(train)), "test": slice(len(train), len(x)), "both": slice(0, len(x))}
-        _, net = make_net(args, train.channels)
+    _, net = make_net(args, job.state()["trunk"])
     net.load_state_dict(job.state()["net"])
     net.eval()
     with torch.no_grad():
@@ -505,7 +520,7 @@ def test_the_result_is_what_the_weights_say_about_centre_crops(whole, learner, p
     result, k = job.log()[-1]["result"], job.log()[0]["args"]["k"]
     assert sum(a != b for a, b in zip(found, clusters, strict=True)) < 3  # a tie
     if name in ("digits", "learner", "vectors"):
-        assert images == [str(i) for i in range(1797)]
+        assert images == [str(i) for i in range(300 if name == "vectors" else 1797)]
     else:
         assert [Path(i).parent.parent.name for i in images] == ["train"] * 60 + ["val"] * 20
         assert all(Path(i).is_file() for i in images)
@@ -530,7 +545,7 @@ def test_the_result_is_what_the_weights_say_about_centre_crops(whole, learner, p
             right = [class_of[f] == t for f, t, s in zip(here, truth, sure.tolist(), strict=True) if s]
             assert got["accuracy"] == pytest.approx(np.mean(right), abs=1.5 / len(right))
             assert got["accuracy"] > result["scores"][split]["acc_labels"]
-    assert name != "learner" or result["confident"]["both"]["share"] > 0.1
+    assert name != "learner" or result["confident"]["both"]["share"] > 0.05
     last = list(splits)[-1]
     confusion = json.loads((job.run / "confusion.json").read_text())
     order = confusion["clusters"]
@@ -542,6 +557,21 @@ def test_the_result_is_what_the_weights_say_about_centre_crops(whole, learner, p
     assert (sure <= table).all() and sure.sum() == pytest.approx(
         result["confident"][last]["share"] * len(labels)
     )
+
+
+def test_pictures_show_the_surest_images(whole, places):
+    """The first row of clusters.png: of the largest cluster, the ten images of the highest probability."""
+    _, found, top, _ = predictions(whole["digits"], "digits", places)
+    largest = Counter(found).most_common(1)[0][0]
+    members = [i for i, f in enumerate(found) if f == largest]
+    best = sorted(members, key=lambda i: -top[i].item())[:10]
+    train, test = digits()
+    pixels = torch.cat([crops(train), crops(test)]) * train.std[0] + train.mean[0]
+    with Image.open(whole["digits"].run / "clusters.png") as picture:
+        shown = np.asarray(picture.convert("L")).astype(float) / 255
+    for column, i in enumerate(best[:5]):
+        tile = shown[2:18, 2 + 18 * column : 18 + 18 * column]
+        assert np.abs(tile - pixels[i, 0].numpy()).max() < 0.02
 
 
 @pytest.mark.parametrize("name", ["untrained", "pretrained"])
@@ -680,7 +710,6 @@ CRASHES = {
     ),
     "kill in the first step of clustering": (-9, "ricap", trap(*STEP, 7)),
     "SIGTERM in clustering": (143, "ricap", trap(*STEP, 11, "SIGTERM")),
-    "kill in clustering": (-9, "ricap", trap(*STEP, 14)),
     "SIGTERM in the last step": (143, "ricap", trap(*STEP, 15, "SIGTERM")),
     "SIGTERM while scoring": (143, "ricap", trap("lsdc", "predict", 1, "SIGTERM")),
     "kill while scoring": (-9, "ricap", trap("lsdc", "predict", 2)),
@@ -689,13 +718,13 @@ CRASHES = {
     "kill while backbone.pt is written": (-9, "ricap", trap("torch", "save", 7, torn=True)),
     "kill while drawing": (-9, "ricap", trap("lsdc", "save_pictures", 1)),
     "kill before the last checkpoint": (-9, "ricap", trap("common.Run", "save", 6)),
+    "Adam, kill in the second step of clustering": (-9, "mixup", trap(*STEP, 10)),
     "Adam, SIGTERM": (143, "mixup", trap(*STEP, 17, "SIGTERM")),
     "Adam, kill": (-9, "mixup", trap(*STEP, 20)),
-    "mixup, SIGTERM in RotNet": (143, "mixup", trap(*STEP, 3, "SIGTERM")),
     "sne, SIGTERM": (143, "sne", trap(*STEP, 5, "SIGTERM")),
     "digits, SIGTERM": (143, "digits", trap(*STEP, 18, "SIGTERM")),
-    "vectors, SIGTERM": (143, "vectors", trap(*STEP, 9, "SIGTERM")),
-    "vectors, kill": (-9, "vectors", trap(*STEP, 16)),
+    "vectors, SIGTERM": (143, "vectors", trap(*STEP, 3, "SIGTERM")),
+    "vectors, kill": (-9, "vectors", trap(*STEP, 6)),
 }
 
 
@@ -747,7 +776,8 @@ def test_a_signal_saves_that_very_step(crashed):
         "kill while scoring": (3, 0),
         "SIGTERM while the result is scored": (5, 0),
         "kill before the last checkpoint": (5, 0),
-        "Adam, kill": (4, 0),
+        "Adam, kill in the second step of clustering": (2, 0),
+        "Adam, kill": (3, 0),
     }
     assert {name: crashed[name][1] for name in want} == want
     (line,) = [x for x in crashed["SIGTERM in clustering"][2].out.splitlines() if x.startswith("going on")]
@@ -865,18 +895,22 @@ def several(start, places):
 
 @pytest.mark.parametrize("name", ["ricap", "mixup", "none", "vectors"])
 def test_two_processes_learn_what_one_learns(several, name):
-    """Gradients of every step to 1e-3 of the largest, weights to a hundredth of their way, batch norm, labels, losses.
+    """Gradients of every step, weights to a hundredth of their way, batch norm, labels, losses, files.
 
-    Sums in another order differ in the seventh digit; small sums of many such terms, as gradients are, in the fourth.
+    Sums in another order differ in the seventh digit, and gradients with them, but where a unit lies as close
+    to the ReLU's corner as that: then one image more or less counts in one of hundreds of units, at most in
+    two of the steps here.
     """
     one, both = several[name, 1], several[name, 2]
     x, y = seen_by(both), seen_by(one)
-    assert len(x["grads"]) == len(y["grads"]) >= 9
-    for step, (a, b) in enumerate(zip(x["grads"], y["grads"], strict=True)):
-        for p, q, n in zip(a, b, y["names"][step], strict=True):
-            assert (p is None) == (q is None)
-            if q is not None and q.abs().max() > 1e-6:  # a bias before batch norm has no gradient to speak of
-                torch.testing.assert_close(p, q, rtol=0, atol=2e-3 * q.abs().max().item(), msg=f"{step} {n}")
+    assert len(x["grads"]) == len(y["grads"]) >= 8
+    worst = []
+    for a, b in zip(x["grads"], y["grads"], strict=True):
+        assert [p is None for p in a] == [q is None for q in b]
+        pairs = [(p, q, q.abs().max()) for p, q in zip(a, b, strict=True) if q is not None]
+        # a bias before batch norm has no gradient to speak of
+        worst.append(max(((p - q).abs().max() / top).item() for p, q, top in pairs if top > 1e-6))
+    assert sum(d > 2e-4 for d in worst) <= 2 and max(worst) < 0.1, worst
     assert max(g.abs().max() for g in y["grads"][-1] if g is not None) > 1e-3
     for a, b, c in zip(x["last"], y["last"], y["weights"][-6], strict=True):
         way = (b - c).abs().max().item()
@@ -1003,9 +1037,18 @@ def test_clustering_starts_from_a_given_network(continued, name):
     )
     moved = {k for k in trunk if not torch.equal(end[f"features.0.{k}"], saved[k])}
     assert moved == {k for k in trunk if not k.startswith(still)}
-    meta = torch.load(job.run / "backbone.pt", weights_only=True)["meta"]
+    meta, given = (torch.load(f, weights_only=True)["meta"] for f in (job.run / "backbone.pt", path))
+    assert (meta["mean"], meta["std"]) == (given["mean"], given["std"])
     assert meta["sobel"] == ("ResNet" in name) and meta["method"] == "lsdc-clustering"
     load_backbone(job.run)
+
+
+def test_images_are_normalised_as_the_given_networks_were(continued):
+    """The same crops, by its own file's mean and deviation: 0.5 and 0.2, or ImageNet's, as files otherwise are."""
+    a, b = (seen_by(continued[0][n])["batches"][0][2][0] for n in ("without batch norm", "its own rotnet.pt"))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    torch.testing.assert_close(a * 0.2 + 0.5, b * std + mean, atol=1e-5, rtol=0)
+    assert (a - b).abs().max() > 0.1
 
 
 def test_a_network_from_ones_own_rotnet_scores_as_it_did(continued, whole):
@@ -1048,7 +1091,10 @@ MISTAKES = {  # name: (arguments as a function of places and networks, words tha
     "empty folder": (lambda p, n: ["--data", p.root / "empty"], ["empty", "no images"]),
     "a file for a folder": (lambda p, n: ["--data", p.file], ["file"]),
     "classes differ": (lambda p, n: ["--data", p.mismatch, *FEW], ["mismatch", "cat", "dog"]),
-    "image too small": (lambda p, n: ["--data", "digits", "--image-size", "8"], ["--image-size"]),
+    "image too small": (
+        lambda p, n: ["--data", "digits", "--image-size", "8", "--pad", "0"],
+        ["--image-size"],
+    ),
     "padding of files": (lambda p, n: ["--data", p.sizes, *FEW, "--pad", "4"], ["--pad"]),
     "padding of vectors": (lambda p, n: ["--data", p.vectors, *VECTORS, "--pad", "4"], ["--pad"]),
     "out below a file": (
@@ -1101,8 +1147,9 @@ MISTAKES = {  # name: (arguments as a function of places and networks, words tha
     "no rows": (npz("no rows"), ["no rows.npz"]),
     "no columns": (npz("no columns"), ["no columns.npz"]),
     "no features": (npz("no features"), ["no features.npz", "features"]),
-    "labels too few": (npz("labels too few"), ["labels too few.npz", "labels", "1797"]),
-    "labels of two": (npz("labels of two"), ["labels of two.npz", "labels"]),
+    "labels too few": (npz("labels too few"), ["labels too few.npz", "labels", "300"]),
+    "labels too many": (npz("labels too many"), ["labels too many.npz", "(300,)", "301"]),
+    "labels of two": (npz("labels of two"), ["labels of two.npz", "(300,)", "(300, 2)"]),
     "objects": (npz("objects"), ["objects.npz"]),
     "label objects": (npz("label objects"), ["label objects.npz"]),
     "a pickle": (npz("pickle"), ["pickle.npz"]),
@@ -1110,7 +1157,7 @@ MISTAKES = {  # name: (arguments as a function of places and networks, words tha
     "nothing": (npz("empty"), ["empty.npz"]),
     "half a zip": (npz("cut"), ["cut.npz"]),
     "a flipped bit": (npz("flipped"), ["flipped.npz"]),
-    "a batch of more vectors than there are": (npz("small"), ["--batch-size 128", "50"]),
+    "a batch of more vectors than there are": (npz("small"), ["--batch-size 64", "50"]),
     "no cuda here": (lambda p, n: ["--device", "cuda"], ["--device", "cuda"]),
 }
 
@@ -1147,17 +1194,14 @@ def test_refused_files_run_no_code_and_refused_run_folders_stay(mistaken, places
 
 # --------------------------------------------------------------------------- odd data
 
-SMALL = words(
-    "--recipe digits --image-size 16 --resize 16 --k 3 --batch-size 8 --neighbours 2 --epochs 2 --lr 0.05"
-)
-SMALL += words(
-    "--pretrain rotnet --pretrain-epochs 1 --pretrain-batch-size 8 --workers 0 --out run --ramp-up 1"
-)
-SMALL += words("--score-every 1")
+SMALL = [
+    *IMAGES,
+    *words("--recipe digits --k 3 --batch-size 8 --neighbours 2 --epochs 2 --lr 0.05 --ramp-up 1"),
+]
+SMALL += words("--pretrain rotnet --pretrain-epochs 1 --pretrain-batch-size 8 --score-every 1 --lr-steps")
 TINY = [*VECTORS, *words("--batch-size 20 --k 3 --epochs 2 --neighbours 2")]
 ODD = {  # name: (data, flags, splits with labels, warnings)
     "no labels": ("flat", SMALL, "", ""),
-    "no labels, patches": ("flat", [*SMALL, "--mix", "ricap"], "", ""),
     "labels in both": ("few", [*SMALL, "--k", "4"], "train test both", ""),
     "another number of clusters": ("few", SMALL, "train test both", "4 classes"),
     "labels in train alone": ("train_labelled", [*SMALL, "--k", "4"], "train", ""),
@@ -1168,7 +1212,6 @@ ODD = {  # name: (data, flags, splits with labels, warnings)
         "train",
         "",
     ),
-    "images of all sizes": ("sizes", SMALL, "", ""),
     "images of all sizes, two workers": ("sizes", [*SMALL, "--workers", "2"], "", ""),
     "all images equal": ("same", SMALL, "", ""),
     "all images equal, cosine": ("same", [*SMALL, "--labeling", "cosine", "--mix", "ricap"], "", ""),
@@ -1201,8 +1244,7 @@ ODD = {  # name: (data, flags, splits with labels, warnings)
         "",
         "",
     ),
-    "vectors, no labels": ("unlabelled", [*TINY, *words("--batch-size 500 --epochs 1")], "", ""),
-    "vectors, another number": ("small", TINY, "train", "classes"),
+    "vectors, no labels": ("unlabelled", [*TINY, *words("--batch-size 100 --epochs 1")], "", ""),
     "vectors, two frozen": ("small", [*TINY, *words("--k 10 --freeze-stages 2 --mix mixup")], "train", ""),
     "vectors, all equal": ("alike", [*TINY, "--k", "10"], "train", ""),
     "vectors, one cluster": ("small", [*TINY, "--k", "1"], "train", "classes"),
@@ -1223,7 +1265,7 @@ def test_odd_data_runs_and_every_number_is_finite(odd, name):
     """Scores of splits with labels, accuracy for as many clusters as classes, an assignment for each image."""
     job, (_, _, labelled, warning) = odd[name].ok(), ODD[name]
     first, *records, last = job.log()
-    args, n, classes = first["args"], first["data"]["images"], first["data"]["classes"]
+    args, n = first["args"], first["data"]["images"]
     assert len(records) == args["epochs"] + args["pretrain_epochs"] and job.err == ""
     purity = "train" in labelled and "learning from both" not in name
     clustering = [r for r in records if r["phase"] == "clustering"]
@@ -1233,7 +1275,7 @@ def test_odd_data_runs_and_every_number_is_finite(odd, name):
             {"purity"} if purity and not r["similar"] else set()
         )
         assert ("purity" in r) == purity and set(r["scores"]) == set(labelled.split())
-        assert all(("acc_labels" in s) == (args["k"] == classes) for s in r["scores"].values())
+        assert all("acc_labels" in s for s in r["scores"].values())
         assert r["loss_pairs"] > -1e-6 and r["loss_consistency"] >= 0 and 0 <= r["similar"] <= 1
     assert all(isinstance(r["loss"], float) for r in records)
     state = job.state()
@@ -1249,7 +1291,6 @@ def test_odd_data_runs_and_every_number_is_finite(odd, name):
         for line in job.out.splitlines()
         if ("WARNING" in line or "note:" in line) and "trivial" not in line
     ]
-    said = [line for line in said if "110 140" not in line and "[" not in line]
     if warning:
         assert any(warning in line for line in said), job.out
     by_similar = {"nobody similar": 0, "all similar": 1, "everybody a neighbour": 1}
@@ -1264,7 +1305,7 @@ def test_odd_data_runs_and_every_number_is_finite(odd, name):
 def test_no_learning_changes_no_weight(odd, start, places):
     """A learning rate of 0 ends with the weights that were drawn; batch norm alone has moved."""
     job = odd["no learning"]
-    _, net = make_net(options(job.log()[0]["command"].split()[1:]), 3)
+    _, net = make_net(options(job.log()[0]["command"].split()[1:]), job.state()["trunk"])
     end, start_of_all = job.state()["net"], job.state("rotnet.pt")["state_dict"]
     names = {k for k, _ in net.named_parameters() if k.startswith("features.0.")}
     assert len(names) > 10
@@ -1296,7 +1337,9 @@ def test_a_run_can_be_evaluated(start, whole, places):
     """eval_linear.py reads the run folder and rotnet.pt and writes its numbers beside them."""
     script = ROOT / "eval_linear.py"
     for what, out in ((whole["digits"].run, "run"), (whole["digits"].run / "rotnet.pt", "other")):
-        flags = words("--data digits --epochs 1 --device cpu --batch-size 256 --held-out 0 --wd 0 --out") + [out]
+        flags = words("--data digits --epochs 1 --device cpu --batch-size 256 --held-out 0 --wd 0 --out") + [
+            out
+        ]
         job = start([what, *flags], plain(script)).ok()
         numbers = json.loads((job.folder / out / "eval_linear-digits.json").read_text())
-        assert "conv2" in json.dumps(numbers) and "accuracy" in json.dumps(numbers).lower()
+        assert numbers["stages"]["conv2"]["test_last"] > 0.2 and numbers["knn"]["last feature"]["1"] > 0.5
