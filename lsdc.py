@@ -148,8 +148,8 @@ RECIPES = {
         "train_on": "train", "pretrain": "none",
     },
     "fashionmnist": {
-        **SMALL, "epochs": 12, "lr_steps": [8, 10], "ramp_up": 10, "image_size": 28, "resize": 28, "flip": True,
-        "train_on": "train", "pretrain_epochs": 5, "pretrain_lr_steps": [2, 4],
+        **SMALL, "epochs": 12, "lr_steps": [7, 10], "ramp_up": 10, "image_size": 28, "resize": 28, "flip": True,
+        "train_on": "train", "pretrain_epochs": 3, "pretrain_lr_steps": [1, 2],
     },
     "digits": {
         **SMALL, "epochs": 100, "lr_steps": [75, 90], "ramp_up": 50, "freeze_stages": 0,
