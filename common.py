@@ -953,9 +953,8 @@ class PoolShortcut(nn.Module):
         self.channels, self.stride = channels, stride
 
     def forward(self, x):
-        x = F.avg_pool2d(
-            x, self.stride, ceil_mode=True
-        )  # where the side is odd, as the convolution beside it
+        # ceil_mode: where the side is odd, as large as the convolution beside it makes it
+        x = F.avg_pool2d(x, self.stride, ceil_mode=True)
         return F.pad(x, [0, 0, 0, 0, 0, self.channels - x.shape[1]])
 
 
