@@ -228,7 +228,7 @@ def options(argv=None):
     # What the other defaults hang on is looked at first, so that --help shows the values that would run.
     peek = argparse.ArgumentParser(add_help=False)
     known = ("--data", "--recipe", "--arch", "--mix", "--labeling", "--optimizer", "--pretrain")
-    for flag in (*known, "--image-size", "--pretrain-epochs"):
+    for flag in (*known, "--image-size"):
         peek.add_argument(flag, type=str if flag in known else int)
     first = peek.parse_known_args(argv)[0]
     data = first.data or default_data()
@@ -292,8 +292,6 @@ def options(argv=None):
         p.error("--backbone takes RotNet's place: leave out --pretrain rotnet")
     if args.backbone:
         args.pretrain = "none"
-    if first.pretrain_epochs and args.pretrain == "none":
-        p.error("--pretrain-epochs: there is no RotNet; give --pretrain rotnet, without --backbone")
     if args.pretrain == "none":
         args.pretrain_epochs = 0
     return args
