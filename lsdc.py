@@ -218,7 +218,7 @@ def options(argv=None):
     g.add_argument("--score-every", type=int, help="epochs between clusterings of all images for the log")
     g = p.add_argument_group("RotNet")
     g.add_argument("--pretrain", choices=["rotnet", "none"], help="what comes before clustering [supplementary 1, table 4]")
-    g.add_argument("--backbone", metavar="FILE", help="start from this backbone.pt, rotnet.pt or run folder instead")
+    g.add_argument("--backbone", metavar="FILE", help="start from this backbone.pt, rotnet.pt or run folder instead, whatever --pretrain says")
     g.add_argument("--pretrain-epochs", type=int, help="passes over the data, each image in all four turns, with --pretrain rotnet [supplementary 1]")
     g.add_argument("--pretrain-lr", type=float, help="learning rate [supplementary 1]")
     g.add_argument("--pretrain-lr-steps", type=int, nargs="*", help="epochs after which it is divided by five [supplementary 1]")
@@ -227,7 +227,7 @@ def options(argv=None):
     # fmt: on
     # What the other defaults hang on is looked at first, so that --help shows the values that would run.
     peek = argparse.ArgumentParser(add_help=False)
-    known = ("--data", "--recipe", "--arch", "--mix", "--labeling", "--optimizer", "--pretrain")
+    known = ("--data", "--recipe", "--arch", "--mix", "--labeling", "--optimizer")
     for flag in (*known, "--image-size"):
         peek.add_argument(flag, type=str if flag in known else int)
     first = peek.parse_known_args(argv)[0]
@@ -288,8 +288,6 @@ def options(argv=None):
         p.error(
             "vectors have no patches and no angles: leave out --mix ricap, --pretrain rotnet and --backbone"
         )
-    if args.backbone and first.pretrain == "rotnet":
-        p.error("--backbone takes RotNet's place: leave out --pretrain rotnet")
     if args.backbone:
         args.pretrain = "none"
     if args.pretrain == "none":
@@ -853,6 +851,8 @@ def main():
     known = "labels for reporting only" if data.labels is not None else "no labels"
     what = f"{learn} {'vectors' if vectors else 'images'} to learn from, of {len(data)}"
     say(f"data: {args.data}, {what}, {known}; recipe {args.recipe}")
+    if args.backbone:
+        say(f"starting from {args.backbone} instead of RotNet")
     check(args, data, learn)
     sizes = [args.pretrain_batch_size if args.pretrain_epochs else args.batch_size, args.batch_size]
     rest = (args.image_size, args.resize, device, args.workers, args.seed, args.max_bad)
