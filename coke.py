@@ -96,6 +96,7 @@ from common import (
     nearest,
     nmi,
     parallel,
+    percent,
     progress,
     refuse,
     save_assignments,
@@ -763,12 +764,6 @@ def describe(memory, before, data, head, args):
 def title(now):
     """The name of an epoch's phase."""
     return "clustering" if not now.learn else "averaging" if now.averaging else "training"
-
-
-def percent(found):
-    """ACC, NMI and ARI as text."""
-    names = {"acc_labels": "ACC", "nmi_labels": "NMI", "ari_labels": "ARI"}
-    return " ".join(f"{title} {100 * found[name]:.1f}" for name, title in names.items() if name in found)
 
 
 def report(record, args):

@@ -64,7 +64,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from common import (
@@ -92,9 +91,11 @@ from common import (
     load_backbone,
     load_data,
     main_process,
+    matched,
     nearest,
     nmi,
     parallel,
+    percent,
     progress,
     rebuild,
     refuse,
@@ -702,13 +703,6 @@ def confusion(labels, found, k, classes):
     return torch.bincount(labels * k + found, minlength=classes * k).view(classes, k)
 
 
-def matched(table):
-    """[(class, cluster)] of a confusion matrix: one to one, so that as many images as possible are in such pairs."""
-    return [
-        (int(r), int(c)) for r, c in zip(*linear_sum_assignment(table.numpy(), maximize=True), strict=True)
-    ]
-
-
 def confident(data, splits, found, top, k):
     """{split: share of predictions above 0.9 and how many of those are right} [supplementary 2].
 
@@ -1026,12 +1020,6 @@ def finish(run, net, loader, splits, baselines, args):
     if not vectors:
         labelled = "" if data.labels is not None else " --data LABELLED"
         say(f"evaluate the features: python eval_linear.py {run.out}{labelled}")
-
-
-def percent(found):
-    """ACC, NMI and ARI as text."""
-    names = {"acc_labels": "ACC", "nmi_labels": "NMI", "ari_labels": "ARI"}
-    return " ".join(f"{title} {100 * found[name]:.1f}" for name, title in names.items() if name in found)
 
 
 def report(record, seconds, args):
