@@ -77,6 +77,7 @@ from common import (
     ARCHS,
     DATASETS,
     Loader,
+    Parser,
     Run,
     View,
     backbone,
@@ -95,6 +96,7 @@ from common import (
     load_data,
     nearest,
     nmi,
+    number,
     parallel,
     percent,
     progress,
@@ -159,10 +161,7 @@ RECIPES["svhn"] = {**RECIPES["cifar10"], "flip": False}
 
 def options(argv=None):
     """The command line as a namespace; unknown or impossible values end with exit code 2."""
-    p = argparse.ArgumentParser(
-        description="CoKe, online constrained k-means (Qian et al. 2022)",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    p = Parser("CoKe, online constrained k-means (Qian et al. 2022)")
     # fmt: off
     g = p.add_argument_group("shared by all scripts")
     g.add_argument("--data", default=default_data(), help=f"{', '.join(DATASETS)}, or a folder of images: train/ and val/, one folder per class, or unlabelled")
@@ -171,8 +170,8 @@ def options(argv=None):
     g.add_argument("--k", type=int, nargs="+", help="clusters of each head; for clustering results one of them should be the number of classes, the others more [code; supplementary 2.4]")
     g.add_argument("--epochs", type=int, help="passes over the data with training, --init-epochs not among them; the learning rate falls to 0 over them")
     g.add_argument("--batch-size", type=int, help="images per step, over all processes [supplementary 2.1]")
-    g.add_argument("--lr", type=float, help="highest learning rate, after --warm-up; ImageNet: 0.8 with batch 256, 1.2 with 512 [supplementary 2.2.1]")
-    g.add_argument("--wd", type=float, help="weight decay [supplementary 2.1], not of biases and batch norm")
+    g.add_argument("--lr", type=number, help="highest learning rate, after --warm-up; ImageNet: 0.8 with batch 256, 1.2 with 512 [supplementary 2.2.1]")
+    g.add_argument("--wd", type=number, help="weight decay [supplementary 2.1], not of biases and batch norm")
     g.add_argument("--image-size", type=int, help="side of the square the network sees, in pixels")
     g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode files, for each training process; not used for data in memory")
     g.add_argument("--seed", type=int, default=0, help="decides every random number")
@@ -187,32 +186,32 @@ def options(argv=None):
     g.add_argument("--resize", type=int, help="shorter side before the centre crop, in pixels [code]")
     g = p.add_argument_group("CoKe")
     g.add_argument("--views", choices=sorted(VIEWS), default="2", help="random crops of an image in each step: one; two [supplementary 2.2.3]; two and --small-crops [supplementary 2.1]")
-    g.add_argument("--ratio", type=float, help="r in 0..1: every cluster holds at least about r N / K images; 1: exactly; 0: no constraint [3.1, code]")
-    g.add_argument("--dual-lr", type=float, help="eta, step of the duals; if most labels change in every epoch, lower it; if clusters fall below their bound, raise it [3.1, code]")
-    g.add_argument("--temperature", type=float, help="T; 0.1 for one view, 0.05 for more [code; supplementary 2.1]; ours for small data")
-    g.add_argument("--label-share", type=float, help="a in 0..1: share of the last epoch's label in the target, against the other view's; not used with one view [supplementary 2.2.3]")
-    g.add_argument("--predictor-share", type=float, default=0.5, help="b in 0..1: share of the predictor's loss against the projector's; 0: no predictor [supplementary 2.2.4]")
+    g.add_argument("--ratio", type=number, help="r in 0..1: every cluster holds at least about r N / K images; 1: exactly; 0: no constraint [3.1, code]")
+    g.add_argument("--dual-lr", type=number, help="eta, step of the duals; if most labels change in every epoch, lower it; if clusters fall below their bound, raise it [3.1, code]")
+    g.add_argument("--temperature", type=number, help="T; 0.1 for one view, 0.05 for more [code; supplementary 2.1]; ours for small data")
+    g.add_argument("--label-share", type=number, help="a in 0..1: share of the last epoch's label in the target, against the other view's; not used with one view [supplementary 2.2.3]")
+    g.add_argument("--predictor-share", type=number, default=0.5, help="b in 0..1: share of the predictor's loss against the projector's; 0: no predictor [supplementary 2.2.4]")
     g.add_argument("--small-crops", type=int, default=6, help="small crops of an image with --views multi [supplementary 2.1]")
     g.add_argument("--small-size", type=int, help="their side in pixels; 96 for images of 224 [supplementary 2.1]; networks other than ResNets take images of one size only")
-    g.add_argument("--small-area", type=float, nargs=2, metavar=("LOW", "HIGH"), help="share of the image that they keep, 0..1 [code]")
-    g.add_argument("--small-share", type=float, default=0.5, help="share of the small crops' loss against the large ones', 0..1 [code]")
+    g.add_argument("--small-area", type=number, nargs=2, metavar=("LOW", "HIGH"), help="share of the image that they keep, 0..1 [code]")
+    g.add_argument("--small-share", type=number, default=0.5, help="share of the small crops' loss against the large ones', 0..1 [code]")
     g.add_argument("--init-epochs", type=int, default=1, help="passes that cluster and do not train, before the first epoch [code]")
-    g.add_argument("--first-stage", type=float, help="share of the epochs, 0..1, after which labels and centres are averaged; one view: 160 of 200 [supplementary 2.2.2]; 1: never")
+    g.add_argument("--first-stage", type=number, help="share of the epochs, 0..1, after which labels and centres are averaged; one view: 160 of 200 [supplementary 2.2.2]; 1: never")
     g.add_argument("--label-size", type=int, default=5, help="S, clusters in an averaged label at most [supplementary 2.2.2]")
-    g.add_argument("--label-temperature", type=float, default=0.5, help="of the softmax over an averaged label's clusters [supplementary 2.2.2]")
+    g.add_argument("--label-temperature", type=number, default=0.5, help="of the softmax over an averaged label's clusters [supplementary 2.2.2]")
     g.add_argument("--dim", type=int, default=128, help="D, numbers in an embedding [supplementary 2.1]")
     g.add_argument("--projector-layers", type=int, help="linear layers between network and embedding: 3; in the paper's ablations 2 [supplementary 2.1]")
     g.add_argument("--optimizer", choices=["lars", "sgd"], help="LARS or plain SGD [supplementary 2.1, 2.4]")
-    g.add_argument("--momentum", type=float, default=0.9, help="of LARS [supplementary 2.1]; of SGD ours")
+    g.add_argument("--momentum", type=number, default=0.9, help="of LARS [supplementary 2.1]; of SGD ours")
     g.add_argument("--warm-up", type=int, help="epochs in which the learning rate rises [supplementary 2.1]")
     g.add_argument("--head", type=int, metavar="K", help="clusters of the head that is written to assignments.csv and clusters.png; default: as many as classes, without labels the first")
-    g.add_argument("--crop-area", type=float, help="smallest share of the image a large crop keeps, 0..1 [code; supplementary 2.4]")
+    g.add_argument("--crop-area", type=number, help="smallest share of the image a large crop keeps, 0..1 [code; supplementary 2.4]")
     g.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the crops [supplementary 2.1]")
     g.add_argument("--colour", action=argparse.BooleanOptionalAction, help="colour jitter, a fifth of the crops grey, a fifth of the second view's solarised [code]")
     g.add_argument("--blur", action=argparse.BooleanOptionalAction, help="blur crops: all of the first view, a tenth of the second, half of a single view and of small ones [code]")
     # fmt: on
     # What the other defaults hang on is looked at first, so that --help shows the values that would run.
-    peek = argparse.ArgumentParser(add_help=False)
+    peek = Parser(add_help=False)
     known = {"--data": default_data(), "--arch": None, "--recipe": None, "--views": "2", "--image-size": None}
     for flag, default in known.items():
         peek.add_argument(flag, default=default, type=int if flag == "--image-size" else str)
@@ -637,15 +636,16 @@ def main():
     flat = [w for w in net.parameters() if w.ndim <= 1]  # biases and batch norm: no decay
     groups = [{"params": wide, "weight_decay": args.wd * (args.optimizer == "sgd")}, {"params": flat}]
     optimizer = torch.optim.SGD(groups, args.lr, args.momentum, fused=True)
-    run = Run(args)
+    run = Run(args, data)
     epoch, step, sums, before, untrained = 0, 0, [0.0] * 4, None, None
     if run.state:
         state = run.state
-        epoch, step, sums, before = (state[k] for k in ("epoch", "step", "sums", "before"))
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        memory = {name: tensor.to(device) for name, tensor in state["memory"].items()}
-        untrained = state["untrained"]
+        with run.restoring():
+            epoch, step, sums, before = (state[k] for k in ("epoch", "step", "sums", "before"))
+            net.load_state_dict(state["net"])
+            optimizer.load_state_dict(state["optimizer"])
+            memory = {name: tensor.to(device) for name, tensor in state["memory"].items()}
+            untrained = state["untrained"]
         if state["finished"]:
             say(f"{args.out} is finished after {args.epochs} epochs; its last lines: {args.out}/log.jsonl")
             leave()

@@ -1,5 +1,6 @@
 """What the method scripts share: infrastructure only, no method lives here.
 
+    command line  one-line errors, finite numbers
     processes     setup, gather, total, shard, heartbeat, ..: the same call on 1 or 80 processes
     data          digits, torchvision's sets, folders; one Loader for memory and for files
     augmentation  a whole batch at once, every image with its own random numbers
@@ -13,16 +14,22 @@ Sizes: N images, B batch (over all processes), b batch of this process, C channe
 D feature size, K clusters. Each function can be copied out with the verbs it calls.
 """
 
+import argparse
+import atexit
 import contextlib
 import csv
+import errno
+import fcntl
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -45,6 +52,31 @@ DATASETS = ["digits", "mnist", "fashionmnist", "cifar10", "cifar100-20", "svhn",
 ARCHS = ["lenet5", "alexnet", "alexnet-small", "vgg16", "resnet18", "resnet50"]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+
+
+# --------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that shows defaults in its help, and says what is wrong in one line, once under torchrun."""
+
+    def __init__(self, description=None, **more):
+        super().__init__(
+            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **more
+        )
+
+    def error(self, message):
+        if int(os.environ.get("RANK", 0)) == 0:
+            lines = f"{self.prog}: error: {message} (--help explains the options)"
+            print(" ".join(lines.split()), file=sys.stderr, flush=True)
+        raise SystemExit(2)
+
+
+def number(text):
+    """A finite float of the command line; ValueError for anything else, NaN and infinity included."""
+    if not math.isfinite(float(text)):
+        raise ValueError
+    return float(text)
 
 
 # --------------------------------------------------------------------------- processes
@@ -70,10 +102,13 @@ def setup(device="auto"):
     """Join torchrun's processes if there are any; return this process's torch.device.
 
     device: "auto" (CUDA where there is some, else the CPU), "cpu", "cuda" or "cuda:1".
-    gloo carries CPU tensors and nccl CUDA tensors; a collective nobody answers ends after 10 minutes.
+    gloo carries CPU tensors and nccl CUDA tensors. A process that dies, is stopped or is lost with its
+    machine ends all others within half a minute (see _Watch); a collective that one of them never
+    enters, after an hour: that long the others wait for a download.
     """
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, _remember_signal)
+    global _watch
+    # Until all have joined, a signal ends the process at once: there is nothing to save, and nobody to agree with.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -93,8 +128,71 @@ def setup(device="auto"):
         torch.backends.cudnn.benchmark = True
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        store, own, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+        # torchrun keeps its store when it starts the processes again, with the dead ones' addresses in it.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store.set(f"alive {own}", "0")
+        dist.init_process_group(backend, store=store, rank=own, world_size=world, timeout=timedelta(hours=1))
+        _watch = _Watch(store.clone(), own, world)
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, _remember_signal)
     return device
+
+
+SILENCE, TICK = 10, 2.0  # a process is lost after so many ticks of so many seconds without a sign of life
+_watch = None
+
+
+class _Watch:
+    """Ends this process with one line when another has been silent for SILENCE ticks.
+
+    A process that is stopped, or whose machine is lost, closes no connection: those that wait for it would
+    wait on. So each counts up a number in the store they joined by, and listens to the others'. Silence is
+    measured in own ticks, for a laptop may sleep and wake up; it says nothing of slow work, for the
+    counting is a thread of its own.
+    """
+
+    def __init__(self, store, own, world):
+        self.store, self.own, self.names = store, own, [f"alive {r}" for r in range(world)]
+        self.heard, self.end = [None] * world, threading.Event()
+        self.counting = threading.Thread(target=self._count, daemon=True)
+        self.counting.start()
+        threading.Thread(target=self._listen, daemon=True).start()
+        atexit.register(self.stop)
+
+    def _count(self):
+        for tick in itertools.count(1):
+            with contextlib.suppress(
+                RuntimeError
+            ):  # the store went with its process: _listen hears nothing more
+                self.store.set(self.names[self.own], str(tick))
+                self.heard = self.store.multi_get(self.names)
+            if self.end.wait(TICK):
+                return
+
+    def _listen(self):
+        before, silent = self.heard, [0] * len(self.names)
+        while not self.end.wait(TICK):
+            heard = self.heard
+            silent = [s + 1 if a == b else 0 for s, a, b in zip(silent, before, heard, strict=True)]
+            before = heard
+            lost = [r for r, s in enumerate(silent) if s >= SILENCE and heard[r] != b"left"]
+            if lost and heard[0] != b"left":
+                who = "all processes are" if self.own in lost else f"process {lost[0]} is"
+                print(
+                    f"{who} silent for {SILENCE * TICK:.0f} s: stopped, or out of reach; this one ends",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)
+
+    def stop(self, word=None):
+        """No more counting or listening; word "left": nor need the others listen to this process."""
+        self.end.set()
+        self.counting.join(TICK)
+        if word and not self.counting.is_alive():
+            with contextlib.suppress(RuntimeError):
+                self.store.set(self.names[self.own], word)
 
 
 def refuse(message, code=2):
@@ -106,6 +204,8 @@ def refuse(message, code=2):
 
 def leave(code=0):
     """Say goodbye to the other processes and exit with this code."""
+    if _watch:
+        _watch.stop("left")
     if dist.is_initialized():
         dist.destroy_process_group()
     raise SystemExit(code)
@@ -1477,15 +1577,22 @@ def _plain(value):
 class Run:
     """The run folder: log.jsonl, the checkpoint, and what else a run leaves behind."""
 
-    def __init__(self, args, may_differ=()):
+    def __init__(self, args, data=None, may_differ=()):
         """Open args.out. self.state is the checkpoint to go on from, or None for a fresh start.
 
-        Refuses (exit code 2) a folder that cannot be written, or whose checkpoint came from other
-        arguments; names the arguments that differ. may_differ: names that need not agree.
+        Refuses (exit code 2) a folder that cannot be written, that another run is writing to, or whose
+        checkpoint came from other arguments or images; names what differs. may_differ: names that need
+        not agree.
         """
-        self.out, self.unsaved = Path(args.out), False
+        self.out, self.unsaved, self.script = Path(args.out), False, Path(sys.argv[0]).name
         config = {k: v for k, v in vars(args).items() if k not in NOT_COMPARED and k not in may_differ}
         self.config = json.loads(json.dumps(config))
+        if data is not None:  # a folder may have got more images since
+            names = "\n".join(data.paths or ()).encode(errors="surrogateescape")
+            self.config |= {
+                "images": len(data),
+                "file_names": hashlib.blake2b(names, digest_size=4).hexdigest(),
+            }
         self.state = from_main(lambda: self._open(args))
         self.began = time.time() - 60 * (self.state or {}).get("minutes", 0)
 
@@ -1496,6 +1603,13 @@ class Run:
     def _open(self, args):
         if problem := unwritable(self.out):
             self._refuse(problem)
+        # Kept open: a lock that ends with this process, however it ends.
+        self.lock = open(self.out / ".lock", "a")  # noqa: SIM115
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # else a file system without locks
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                self._refuse(f"--out {self.out}: another run is writing there just now; use another --out")
         if args.overwrite:
             for path in [*map(self.out.joinpath, FILES), *self.out.glob("eval_linear-*.json")]:
                 path.unlink(missing_ok=True)
@@ -1504,9 +1618,17 @@ class Run:
             old = state.get("config", {})
             odd = [k for k in {**old, **self.config} if old.get(k, "unset") != self.config.get(k, "unset")]
             if odd:
-                what = ", ".join(f"{k} {old.get(k)} -> {self.config.get(k)}" for k in sorted(odd))
+                what = ", ".join(f"{k} {old.get(k)} -> {self.config.get(k)}" for k in sorted(odd)[:8])
+                what += f", and {len(odd) - 8} more" if len(odd) > 8 else ""
+                by = f" of {state['script']}" if state.get("script", self.script) != self.script else ""
                 self._refuse(
-                    f"--out {self.out} holds another run ({what}); use another --out, or --overwrite"
+                    f"--out {self.out} holds another run{by} ({what}); use another --out, or --overwrite"
+                )
+            if state.get("processes", processes()) != processes():
+                print(
+                    f"{processes()} processes now, {state['processes']} before: the same up to rounding, but for dropout "
+                    "and for batch norm over each process's own part of the batch",
+                    flush=True,
                 )
         log = self.out / "log.jsonl"
         if log.exists():  # forget what was logged after the checkpoint: it is about to happen again
@@ -1535,11 +1657,27 @@ class Run:
             log = self.out / "log.jsonl"
             state = {
                 **state,
+                "script": self.script,
                 "config": self.config,
+                "processes": processes(),
                 "log_bytes": log.stat().st_size if log.exists() else 0,
                 "minutes": self.minutes(),
             }
             self.unsaved = not save_file(self.out / "checkpoint.pt", state, keep="checkpoint.prev.pt")
+
+    @contextlib.contextmanager
+    def restoring(self):
+        """What is taken from self.state in here must fit; if it does not, one line and exit code 2."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            why = f"{type(error).__name__}: {_short(error)}"
+            refuse(
+                f"{self.out}/checkpoint.pt does not fit this {self.script}, another version's perhaps ({why}); "
+                "use another --out, or --overwrite"
+            )
 
     def finish(self):
         """Exit code 1 if the last checkpoint could not be written; all processes leave together."""

@@ -57,6 +57,7 @@ from common import (
     ARCHS,
     DATASETS,
     Loader,
+    Parser,
     Run,
     View,
     backbone,
@@ -76,6 +77,7 @@ from common import (
     load_data,
     nearest,
     nmi,
+    number,
     parallel,
     pca,
     progress,
@@ -131,9 +133,7 @@ RECIPES["cifar100-20"] = RECIPES["stl10"] = {**RECIPES["cifar10"], "resize": 32}
 
 def options(argv=None):
     """The command line as a namespace; unknown or impossible values end with exit code 2."""
-    p = argparse.ArgumentParser(
-        description="DeepCluster (Caron et al. 2018)", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = Parser("DeepCluster (Caron et al. 2018)")
     # fmt: off
     g = p.add_argument_group("shared by all scripts")
     g.add_argument("--data", default=default_data(), help=f"{', '.join(DATASETS)}, or a folder of images: train/ and val/, one folder per class, or unlabelled")
@@ -142,8 +142,8 @@ def options(argv=None):
     g.add_argument("--k", type=int, help="clusters; some over-clustering helps [4.1]; not used by pic")
     g.add_argument("--epochs", type=int, help="passes over the data; a longer run may continue a finished one")
     g.add_argument("--batch-size", type=int, help="images per step, over all processes [3.4]")
-    g.add_argument("--lr", type=float, help="learning rate, constant [3.4]")
-    g.add_argument("--wd", type=float, help="weight decay of body and head [3.4]")
+    g.add_argument("--lr", type=number, help="learning rate, constant [3.4]")
+    g.add_argument("--wd", type=number, help="weight decay of body and head [3.4]")
     g.add_argument("--image-size", type=int, help="side of the square the network sees, in pixels [3.4, code]")
     g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode files, for each training process; not used for data in memory")
     g.add_argument("--seed", type=int, default=0, help="decides every random number")
@@ -166,14 +166,14 @@ def options(argv=None):
     g.add_argument("--reset-head", action=argparse.BooleanOptionalAction, default=False, help="with --halt-clustering: a new head every epoch all the same [Deep Dive, code]")
     g.add_argument("--initial-alignment", type=int, default=0, metavar="S", help="print NMI(labels, clusters of the untrained network) for S seeds and stop [Deep Dive 4.1.1]")
     g.add_argument("--sobel", action=argparse.BooleanOptionalAction, help="filter images by Sobel's operator, without colour [3.4]")
-    g.add_argument("--momentum", type=float, help="of the body's SGD; the head has none [3.4, code]")
-    g.add_argument("--dropout", type=float, default=0.5, help="before the hidden linear layers of the AlexNets and ResNet B, between those of vgg16 [3.4]")
+    g.add_argument("--momentum", type=number, help="of the body's SGD; the head has none [3.4, code]")
+    g.add_argument("--dropout", type=number, default=0.5, help="before the hidden linear layers of the AlexNets and ResNet B, between those of vgg16 [3.4]")
     g.add_argument("--resnet-head", choices=["auto", "A", "B"], default="auto", help="A: K-way layer on the flattened map; B: two 4096 layers before it; auto: B for resnet18, A for resnet50 [Local Aggregation, supplementary 2.2]")
-    g.add_argument("--crop-area", type=float, default=0.08, help="smallest share of the image a random crop keeps, 0..1 [3.4, code]")
+    g.add_argument("--crop-area", type=number, default=0.08, help="smallest share of the image a random crop keeps, 0..1 [3.4, code]")
     g.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the training images [3.4]")
     # fmt: on
     # What the other defaults hang on is looked at first, so that --help shows the values that would run.
-    peek = argparse.ArgumentParser(add_help=False)
+    peek = Parser(add_help=False)
     for flag, default in (("--data", default_data()), ("--arch", None), ("--recipe", None)):
         peek.add_argument(flag, default=default)
     for flag in ("--image-size", "--initial-alignment"):
@@ -425,7 +425,7 @@ def main():
     optimizer = torch.optim.SGD(body.parameters(), args.lr, args.momentum, weight_decay=args.wd, fused=True)
     trained = parallel(torch.compile(body) if args.compile else body)
 
-    run = Run(args, may_differ=("epochs",))
+    run = Run(args, data, may_differ=("epochs",))
     if args.initial_alignment:
         run.first_record(args, device, data)
         initial_alignment(args, data, loader, device, run)
@@ -433,14 +433,15 @@ def main():
     epoch, step, loss_sum, head, assign_all, untrained, record = 0, 0, 0.0, None, None, None, None
     if run.state:
         state = run.state
-        epoch, step, loss_sum, record = (state[k] for k in ("epoch", "step", "loss_sum", "record"))
-        assign_all, untrained = state["assign_all"], state["untrained_nmi"]
-        body.load_state_dict(state["body"])
-        optimizer.load_state_dict(state["optimizer"])
-        head = make_head(body.dim, state["clusters"]).to(device)
-        head.load_state_dict(state["head"])
+        with run.restoring():
+            epoch, step, loss_sum, record = (state[k] for k in ("epoch", "step", "loss_sum", "record"))
+            assign_all, untrained = state["assign_all"], state["untrained_nmi"]
+            body.load_state_dict(state["body"])
+            optimizer.load_state_dict(state["optimizer"])
+            head = make_head(body.dim, state["clusters"]).to(device)
+            head.load_state_dict(state["head"])
         if state["result"] and epoch >= args.epochs:
-            say(f"{args.out} is finished after {epoch} epochs: {state['result']}")
+            say(f"{args.out} is finished after {epoch} epochs; its last lines: {args.out}/log.jsonl")
             leave()
         say(f"going on from epoch {epoch + 1}, step {step} of {args.out}")
         run.log({"resumed": True, "epoch": epoch, "step": step})

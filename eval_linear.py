@@ -89,6 +89,7 @@ from common import (
     ARCHS,
     DATASETS,
     Loader,
+    Parser,
     View,
     agree,
     backbone,
@@ -105,6 +106,7 @@ from common import (
     load_backbone,
     load_data,
     main_process,
+    number,
     parallel,
     processes,
     progress,
@@ -151,10 +153,7 @@ AREAS = {"alexnet": 1.0, "resnet": 0.2, "imagenet": 0.08, "cifar": 0.3}
 
 def options(argv=None):
     """The flags that were given and those with a fixed default; the recipe fills in the rest (main)."""
-    p = argparse.ArgumentParser(
-        description="Linear probes on every stage of a frozen network, and kNN; or fine-tuning",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    p = Parser("Linear probes on every stage of a frozen network, and kNN; or fine-tuning")
     later, yes_no = argparse.SUPPRESS, argparse.BooleanOptionalAction
     # fmt: off
     p.add_argument("run", nargs="?", help="run folder or backbone.pt to evaluate; or use --random")
@@ -163,8 +162,8 @@ def options(argv=None):
     g.add_argument("--root", default="data", help="where named data sets lie or are downloaded to")
     g.add_argument("--epochs", type=int, default=later, help="passes over the training images; default: 90 for folders [DeepCluster], 20 for named sets [Deep Dive 3.3]; la: 65 for alexnet, 51 for vgg16, else 70; coke: 90; --finetune: 20, for each point of the grid")
     g.add_argument("--batch-size", type=int, default=later, help="images per step, over all processes; default: 256 [DeepCluster, code], la: 128, coke: 1024")
-    g.add_argument("--lr", type=float, nargs="+", default=later, help="learning rate at the start, with --finetune several to choose from; default: 0.01, falling as lr / sqrt(1 + lr wd t), t the step [DeepCluster, code]; la: 0.01, falling in --lr-steps; coke: 0.2 after training with one view (coke-1), else 0.4, cosine by the epoch [CoKe, code; 0.4 is its rate for multi view]; --finetune: 1 0.1 0.01 0.001 [CoKe, supplementary 2.3], cosine by the step")
-    g.add_argument("--wd", type=float, nargs="+", default=later, help="weight decays to choose from, for each stage its own; default: 1e-3 1e-4 1e-5 1e-6 [DeepCluster 4.3: cross-validated; the grid is ours]; la: 1e-4, alexnet 0; coke: 1e-6; --finetune: 1e-5 1e-6 0 [CoKe, supplementary 2.3]")
+    g.add_argument("--lr", type=number, nargs="+", default=later, help="learning rate at the start, with --finetune several to choose from; default: 0.01, falling as lr / sqrt(1 + lr wd t), t the step [DeepCluster, code]; la: 0.01, falling in --lr-steps; coke: 0.2 after training with one view (coke-1), else 0.4, cosine by the epoch [CoKe, code; 0.4 is its rate for multi view]; --finetune: 1 0.1 0.01 0.001 [CoKe, supplementary 2.3], cosine by the step")
+    g.add_argument("--wd", type=number, nargs="+", default=later, help="weight decays to choose from, for each stage its own; default: 1e-3 1e-4 1e-5 1e-6 [DeepCluster 4.3: cross-validated; the grid is ours]; la: 1e-4, alexnet 0; coke: 1e-6; --finetune: 1e-5 1e-6 0 [CoKe, supplementary 2.3]")
     g.add_argument("--image-size", type=int, default=later, help="side of the square the network sees, in pixels; only with --random; default: 224 for folders, 32 for named sets")
     g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode files, for each evaluating process; not used for data in memory")
     g.add_argument("--seed", type=int, default=0, help="decides every random number")
@@ -180,7 +179,7 @@ def options(argv=None):
     g.add_argument("--random", metavar="ARCH", choices=ARCHS, help=f"evaluate an untrained network: {', '.join(ARCHS)}; its weights are those a run of deepcluster.py with this --seed starts from")
     g.add_argument("--sobel", action=yes_no, default=later, help="with --random: filter images by Sobel's operator; default: as deepcluster.py for this data")
     g.add_argument("--fill-batch-norm", action=yes_no, default=True, help="with --random: batch-norm statistics from 256 training images, not 0 and 1; --finetune makes its own")
-    g.add_argument("--held-out", type=float, default=later, help="share of the training images, 0..1, that choose weight decay and best epoch, with --finetune learning rate and weight decay; 0: none, one of each; default: 0.1, la and coke: 0")
+    g.add_argument("--held-out", type=number, default=later, help="share of the training images, 0..1, that choose weight decay and best epoch, with --finetune learning rate and weight decay; 0: none, one of each; default: 0.1, la and coke: 0")
     g.add_argument("--flip", action=yes_no, default=later, help="mirror half of the training images; default: on, off for digits, mnist and svhn")
     g.add_argument("--crops", choices=["centre", "central", *AREAS], default=later, help="training crops: the centre; anywhere in the central square of --resize pixels [DeepCluster, code]; anywhere in the image resized to --resize (Places, AlexNet), or area 0.2 to 1 and ratio 3/4 to 4/3 [Local Aggregation], the same with area 0.08 [CoKe, code] or 0.3 [CoKe on CIFAR] to 1; default: central above 64 pixels, centre up to 64; la: alexnet for alexnet and where --data has places in its name, else resnet; coke: imagenet; --finetune: imagenet above 64 pixels, cifar up to 64")
     g.add_argument("--ten-crops", action=yes_no, default=later, help="test on the corners, the centre and their mirror images as well; default: off where --crops is centre, for a classifier that saw centre crops alone fails on corners, and with --finetune")

@@ -69,6 +69,7 @@ from common import (
     DATASETS,
     Embedding,
     Loader,
+    Parser,
     Run,
     View,
     backbone,
@@ -88,6 +89,7 @@ from common import (
     leave,
     load_data,
     nmi,
+    number,
     parallel,
     progress,
     refuse,
@@ -132,10 +134,7 @@ EXACT = 2**17  # images up to which instance recognition's softmax runs over the
 
 def options(argv=None):
     """The command line as a namespace; unknown or impossible values end with exit code 2."""
-    p = argparse.ArgumentParser(
-        description="Local Aggregation (Zhuang et al. 2019)",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    p = Parser("Local Aggregation (Zhuang et al. 2019)")
     # fmt: off
     g = p.add_argument_group("shared by all scripts")
     g.add_argument("--data", default=default_data(), help=f"{', '.join(DATASETS)}, or a folder of images: train/ and val/, one folder per class, or unlabelled")
@@ -144,8 +143,8 @@ def options(argv=None):
     g.add_argument("--k", type=int, help="clusters in each clustering, the paper's m [3, 4]; the recipes have 40 to 130 images in each")
     g.add_argument("--epochs", type=int, help="passes over the data, those of --warm-up among them; a longer run may continue a finished one")
     g.add_argument("--batch-size", type=int, help="images per step, over all processes [4]")
-    g.add_argument("--lr", type=float, help="learning rate at the start [4]")
-    g.add_argument("--wd", type=float, help="weight decay, of all weights but batch norm's [4, code]")
+    g.add_argument("--lr", type=number, help="learning rate at the start [4]")
+    g.add_argument("--wd", type=number, help="weight decay, of all weights but batch norm's [4, code]")
     g.add_argument("--image-size", type=int, help="side of the square the network sees, in pixels [4]")
     g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode files, for each training process; not used for data in memory")
     g.add_argument("--seed", type=int, default=0, help="decides every random number")
@@ -163,21 +162,21 @@ def options(argv=None):
     g.add_argument("--warm-up", type=int, help="epochs of instance recognition before the first clustering [4, code]; on small data 5 to 20, longer hurts")
     g.add_argument("--clusterings", type=int, help="H: k-means runs whose clusters are united [3]")
     g.add_argument("--background", type=int, help="nearest images each one is compared with, the paper's k; cut to the number of images [3]")
-    g.add_argument("--temperature", type=float, default=0.07, help="tau; smaller: only the nearest images count [3]")
-    g.add_argument("--bank-momentum", type=float, default=0.5, help="share of the old embedding when the bank is updated, 0..1 [3, code]")
+    g.add_argument("--temperature", type=number, default=0.07, help="tau; smaller: only the nearest images count [3]")
+    g.add_argument("--bank-momentum", type=number, default=0.5, help="share of the old embedding when the bank is updated, 0..1 [3, code]")
     g.add_argument("--dim", type=int, default=128, help="D, numbers in an embedding [4]")
     g.add_argument("--cluster-every", type=int, default=0, metavar="STEPS", help="steps between clusterings; 0: once an epoch [supplementary 3]")
     g.add_argument("--cluster-on", choices=["bank", "centre-crop"], default="bank", help="embeddings to cluster: the bank's, or fresh ones of centre crops [supplementary 3]")
     g.add_argument("--ir-loss", choices=["auto", "softmax", "nce"], default="auto", help=f"instance recognition over the whole bank, or its estimate from --noise images; auto: softmax up to {EXACT:,} images (its matrices are B x N)")
     g.add_argument("--noise", type=int, default=4096, help="noise images for each image in nce; far fewer than there are images [Wu et al.]")
     g.add_argument("--lr-steps", type=int, nargs="*", help="epochs after which the learning rate is divided by ten [code]")
-    g.add_argument("--momentum", type=float, default=0.9, help="of SGD [4]")
-    g.add_argument("--crop-area", type=float, help="smallest share of the image a random crop keeps, 0..1 [code]")
+    g.add_argument("--momentum", type=number, default=0.9, help="of SGD [4]")
+    g.add_argument("--crop-area", type=number, help="smallest share of the image a random crop keeps, 0..1 [code]")
     g.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the training images [code]")
     g.add_argument("--colour", action=argparse.BooleanOptionalAction, help="jitter brightness, contrast, saturation and hue by 0.4; a fifth of the images grey [code]")
     # fmt: on
     # What the other defaults hang on is looked at first, so that --help shows the values that would run.
-    peek = argparse.ArgumentParser(add_help=False)
+    peek = Parser(add_help=False)
     known = {"--data": default_data(), "--arch": None, "--recipe": None, "--loss": "la", "--image-size": None}
     for flag, default in known.items():
         peek.add_argument(flag, default=default, type=int if flag == "--image-size" else str)
@@ -457,16 +456,17 @@ def main():
     trunk, net = make_net(args, data.channels)
     to_device(net, device)
     optimizer = torch.optim.SGD(parameter_groups(net, args.wd), args.lr, args.momentum, fused=True)
-    run = Run(args, may_differ=("epochs",))
+    run = Run(args, data, may_differ=("epochs",))
     epoch, step, sums, record, clusterings, untrained = 0, 0, [0.0] * 4, {}, None, None
     if run.state:
         state = run.state
-        epoch, step, sums, record = (state[k] for k in ("epoch", "step", "sums", "record"))
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        bank = state["bank"].to(device)
-        clusterings = None if state["clusterings"] is None else state["clusterings"].to(device)
-        untrained = state["untrained"]
+        with run.restoring():
+            epoch, step, sums, record = (state[k] for k in ("epoch", "step", "sums", "record"))
+            net.load_state_dict(state["net"])
+            optimizer.load_state_dict(state["optimizer"])
+            bank = state["bank"].to(device)
+            clusterings = None if state["clusterings"] is None else state["clusterings"].to(device)
+            untrained = state["untrained"]
         if state["finished"] and epoch >= args.epochs:
             say(f"{args.out} is finished after {epoch} epochs; its last lines: {args.out}/log.jsonl")
             leave()

@@ -71,6 +71,7 @@ from common import (
     DATASETS,
     Images,
     Loader,
+    Parser,
     Run,
     View,
     agree,
@@ -94,6 +95,7 @@ from common import (
     matched,
     nearest,
     nmi,
+    number,
     parallel,
     percent,
     progress,
@@ -171,10 +173,7 @@ CONFIDENT = 0.9  # a prediction above this probability [supplementary 2]
 
 def options(argv=None):
     """The command line as a namespace; unknown or impossible values end with exit code 2."""
-    p = argparse.ArgumentParser(
-        description="LSD-C, linearly separable deep clusters (Rebuffi et al. 2020)",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    p = Parser("LSD-C, linearly separable deep clusters (Rebuffi et al. 2020)")
     # fmt: off
     g = p.add_argument_group("shared by all scripts")
     g.add_argument("--data", default=default_data(), help=f"{', '.join(DATASETS)}, or a folder of images: train/ and val/, one folder per class, or unlabelled; or FILE.npz: features (N, D) float32 and, if there are any, labels (N,)")
@@ -183,8 +182,8 @@ def options(argv=None):
     g.add_argument("--k", type=int, help="clusters; the paper's: as many as classes")
     g.add_argument("--epochs", type=int, help="passes over the data in clustering, after --pretrain-epochs [supplementary, table 1]")
     g.add_argument("--batch-size", type=int, help="images per step, over all processes, in clustering: their pairs are what is learnt from [supplementary 1, table 5]")
-    g.add_argument("--lr", type=float, help="learning rate of clustering [supplementary, table 1]")
-    g.add_argument("--wd", type=float, help="weight decay of clustering; 1e-4 with --mix mixup [supplementary 1]")
+    g.add_argument("--lr", type=number, help="learning rate of clustering [supplementary, table 1]")
+    g.add_argument("--wd", type=number, help="weight decay of clustering; 1e-4 with --mix mixup [supplementary 1]")
     g.add_argument("--image-size", type=int, help="side of the square the network sees, in pixels")
     g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode files, for each training process; not used for data in memory")
     g.add_argument("--seed", type=int, default=0, help="decides every random number")
@@ -200,34 +199,34 @@ def options(argv=None):
     g = p.add_argument_group("LSD-C")
     g.add_argument("--labeling", choices=["knn", "cosine", "sne"], help="which pairs count as similar [paper]")
     g.add_argument("--neighbours", type=int, help="knn: nearest others of an image that are similar to it; a third to two thirds of the images that a cluster has in a batch [supplementary, table 1, less two: see Departs]")
-    g.add_argument("--cosine-threshold", type=float, help="cosine: pairs of at least this cosine are similar, -1..1; raise it if ever more pairs are, in steps of 0.05 [supplementary, table 1]")
-    g.add_argument("--sne-threshold", type=float, help="sne: pairs above this probability are similar, 0..1 [supplementary, table 1]")
-    g.add_argument("--sne-temperature", type=float, help="sne: distances are divided by it; smaller: only the nearest count; changes the share of similar pairs more than the threshold [supplementary, table 1]")
+    g.add_argument("--cosine-threshold", type=number, help="cosine: pairs of at least this cosine are similar, -1..1; raise it if ever more pairs are, in steps of 0.05 [supplementary, table 1]")
+    g.add_argument("--sne-threshold", type=number, help="sne: pairs above this probability are similar, 0..1 [supplementary, table 1]")
+    g.add_argument("--sne-temperature", type=number, help="sne: distances are divided by it; smaller: only the nearest count; changes the share of similar pairs more than the threshold [supplementary, table 1]")
     g.add_argument("--mix", choices=["ricap", "mixup", "none"], help="mixtures: four patches; two images laid over each other; none: single crops [supplementary 1]")
-    g.add_argument("--consistency", type=float, help="lambda, highest weight of the squared difference of two mixtures' predictions; 0: without [supplementary, tables 1, 2]")
+    g.add_argument("--consistency", type=number, help="lambda, highest weight of the squared difference of two mixtures' predictions; 0: without [supplementary, tables 1, 2]")
     g.add_argument("--ramp-up", type=int, help="T, epochs over which that weight rises; 0: at once [supplementary, table 1]")
     g.add_argument("--classifier-layers", type=int, choices=[1, 2], default=1, help="linear layers from features to clusters [supplementary, table 2]")
     g.add_argument("--freeze-stages", type=int, help="stages of the network that clustering leaves as they are: of a ResNet's 4, of other networks' convolutions [supplementary, table 3]")
     g.add_argument("--freeze-bn", action=argparse.BooleanOptionalAction, default=False, help="leave their batch-norm statistics, too, instead of letting them follow the data [code: follow]")
     g.add_argument("--optimizer", choices=["sgd", "adam"], help="of clustering [supplementary, table 1]")
-    g.add_argument("--momentum", type=float, default=0.9, help="of SGD [code]")
+    g.add_argument("--momentum", type=number, default=0.9, help="of SGD [code]")
     g.add_argument("--lr-steps", type=int, nargs="*", help="epochs of clustering after which the learning rate is divided by ten [supplementary, table 1]")
     g.add_argument("--train-on", choices=["train", "both"], help="images to learn from; both: those of the test set, too, as the paper; their labels are never used")
     g.add_argument("--pad", type=int, help="pixels of black around an image before a random crop of --image-size [code]; 0: resized crops instead")
-    g.add_argument("--crop-area", type=float, help="smallest share of the image a resized crop keeps, 0..1")
+    g.add_argument("--crop-area", type=number, help="smallest share of the image a resized crop keeps, 0..1")
     g.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the crops [code]")
     g.add_argument("--score-every", type=int, help="epochs between clusterings of all images for the log")
     g = p.add_argument_group("RotNet")
     g.add_argument("--pretrain", choices=["rotnet", "none"], help="what comes before clustering [supplementary 1, table 4]")
     g.add_argument("--backbone", metavar="FILE", help="start from this backbone.pt, rotnet.pt or run folder instead, whatever --pretrain says")
     g.add_argument("--pretrain-epochs", type=int, help="passes over the data, each image in all four turns, with --pretrain rotnet [supplementary 1]")
-    g.add_argument("--pretrain-lr", type=float, help="learning rate [supplementary 1]")
+    g.add_argument("--pretrain-lr", type=number, help="learning rate [supplementary 1]")
     g.add_argument("--pretrain-lr-steps", type=int, nargs="*", help="epochs after which it is divided by five [supplementary 1]")
     g.add_argument("--pretrain-batch-size", type=int, default=128, help="images per step, each in four turns [RotNet, code]")
-    g.add_argument("--pretrain-wd", type=float, default=5e-4, help="weight decay [RotNet, code]")
+    g.add_argument("--pretrain-wd", type=number, default=5e-4, help="weight decay [RotNet, code]")
     # fmt: on
     # What the other defaults hang on is looked at first, so that --help shows the values that would run.
-    peek = argparse.ArgumentParser(add_help=False)
+    peek = Parser(add_help=False)
     known = ("--data", "--recipe", "--arch", "--mix", "--labeling", "--optimizer")
     for flag in (*known, "--image-size"):
         peek.add_argument(flag, type=str if flag in known else int)
@@ -863,13 +862,14 @@ def main():
     for module in (net, rotnet):
         to_device(module, device)
         synchronise(module)
-    run, loader = Run(args), loaders[1]
+    run, loader = Run(args, data), loaders[1]
     epoch, step, sums, before = 0, 0, [], None
     if run.state:
         state = run.state
-        epoch, step, sums, before, baselines = (
-            state[k] for k in ("epoch", "step", "sums", "before", "baselines")
-        )
+        with run.restoring():
+            epoch, step, sums, before, baselines = (
+                state[k] for k in ("epoch", "step", "sums", "before", "baselines")
+            )
         if state["finished"]:
             say(f"{args.out} is finished after {args.epochs} epochs; its last lines: {args.out}/log.jsonl")
             leave()
@@ -880,8 +880,9 @@ def main():
         baselines = {name: baseline(start, loader, learn, splits, args, name)}
     stage = begin(epoch, rotnet, net, loaders, args)
     if run.state:
-        stage.net.load_state_dict(state["net"])
-        stage.optimizer.load_state_dict(state["optimizer"])
+        with run.restoring():
+            stage.net.load_state_dict(state["net"])
+            stage.optimizer.load_state_dict(state["optimizer"])
         run.state = state = None
         say(f"going on from epoch {epoch - stage.first + 1} of {stage.name}, step {step}, of {args.out}")
         run.log({"resumed": True, "phase": stage.name, "epoch": epoch - stage.first, "step": step})

@@ -1,5 +1,6 @@
 """Shared by all tests: the import path, and ways to run a snippet or a script on several processes."""
 
+import json
 import sys
 import textwrap
 from pathlib import Path
@@ -11,6 +12,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 pytest.register_assert_rewrite("jobs")
 
 from jobs import Server, plain  # noqa: E402
+from trust import LEDGER, Ledger, table  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="the full count of the tests of trust (an hour)")
+
+
+@pytest.fixture(scope="session")
+def ledger(request):
+    """ledger(what, script, tried, held, note): see trust.py."""
+    full = request.config.getoption("--full")
+    ledger = Ledger(full)
+    yield ledger
+    if full:
+        ledger.write()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--full") and LEDGER.exists():
+        terminalreporter.write_line(table(json.loads(LEDGER.read_text())))
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,7 @@ class Server:
             job = {"argv": list(map(str, argv)), "code": code, "world": world, "folder": str(folder)}
             self.process.stdin.write(json.dumps(job) + "\n")
             self.process.stdin.flush()
-            self.jobs.append(Job(folder, world))
+            self.jobs.append(Job(Path(argv[0]).name, folder, world))
         return self.jobs[-1]
 
     def close(self):
@@ -108,8 +108,8 @@ class Server:
 class Job:
     """A run on its way: wait() for it, then .codes, .out and .err by process; .code of the first."""
 
-    def __init__(self, folder, world):
-        self.folder, self.world, self.run = folder, world, folder / "run"
+    def __init__(self, script, folder, world):
+        self.script, self.folder, self.world, self.run = script, folder, world, folder / "run"
 
     def pids(self):
         wait_for(lambda: (self.folder / "pids").exists(), 60)
@@ -186,11 +186,13 @@ def wait_for(true, limit, fail=True):
     return False
 
 
-def two_at_once(work):
-    """{name: function()} -> {name: result}, two running at any time."""
+def two_at_once(work, alone=None):
+    """{name: function()} -> {name: result}, two running at any time; alone: how names of those begin that
+    share a folder, which no two runs may, and come one after another."""
+    one = {name: function() for name, function in work.items() if alone and name.startswith(alone)}
     with ThreadPoolExecutor(2) as pool:
-        futures = {name: pool.submit(function) for name, function in work.items()}
-        return {name: future.result() for name, future in futures.items()}
+        futures = {name: pool.submit(function) for name, function in work.items() if name not in one}
+        return one | {name: future.result() for name, future in futures.items()}
 
 
 # --------------------------------------------------------------------------- run folders
@@ -252,9 +254,17 @@ def plain_nmi(a, b):
 
 
 def refusal(options, arguments, capsys):
-    """The one line below the usage with which a command line ends, exit code 2."""
+    """The one line with which a command line ends, exit code 2."""
     with pytest.raises(SystemExit) as end:
         options(arguments)
-    *usage, line = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code == 2 and usage[0].startswith("usage: ") and all(u[0] == " " for u in usage[1:])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    return line
+
+
+def one_line(job, code=2):
+    """The one line with which a job ended, with this exit code and no traceback."""
+    assert job.code == code and "Traceback" not in job.out + job.err, job.out + job.err
+    (line,) = job.err.splitlines()
+    assert line.startswith(f"{job.script}: error: "), line
     return line

@@ -6,7 +6,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from jobs import ROOT
+from jobs import ROOT, refusal
 from torch import nn
 
 import coke
@@ -873,26 +873,23 @@ TOGETHER = {  # words of the message: arguments
     "--small-area": ["--small-area", "0.5", "0.2"],
     "--small-area 0..1": ["--small-area", "0.5", "1.2"],
     "--small-area excluded": ["--small-area", "0", "0.2"],
-    "--small-area LOW": ["--small-area", "nan", "0.2"],
-    "--small-area HIGH": ["--small-area", "0.1", "nan"],
+    "--small-area 'nan'": ["--small-area", "nan", "0.2"],
+    "'nan' --small-area": ["--small-area", "0.1", "nan"],
     "--resize 40 --image-size 48": ["--image-size", "48", "--resize", "40"],
     "--colours unrecognized": ["--colours"],
 }
 
 
 def refused(arguments, capsys):
-    """The line below the usage with which a command line ends."""
-    with pytest.raises(SystemExit) as end:
-        options(["--data", "digits", *arguments])
-    *usage, line = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code == 2 and usage[0].startswith("usage: ") and all(u[0] == " " for u in usage[1:])
+    """The line with which a command line ends."""
+    line = refusal(options, ["--data", "digits", *arguments], capsys)
     assert line.startswith("coke.py: error: "), line
     return line
 
 
 @pytest.mark.parametrize("flag", WRONG)
 def test_impossible_values_end_with_exit_code_2_and_one_line(flag, capsys, monkeypatch):
-    """One line below the usage, which names the flag."""
+    """The line names the flag."""
     monkeypatch.setattr("sys.argv", ["coke.py"])
     for value in WRONG[flag].split():
         assert f"--{flag}" in refused([f"--{flag}={value}"], capsys)

@@ -267,7 +267,7 @@ for size in (100, 20000, 10**6):
     run.save({"epoch": 2, "w": torch.ones(10**6), "more": torch.ones(size)})
     assert common.save_file("run/other.pt", {"w": torch.ones(10**6)}) is False
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert run.unsaved and sorted(os.listdir("run")) == ["checkpoint.pt", "log.jsonl"], os.listdir("run")
+    assert run.unsaved and sorted(os.listdir("run")) == [".lock", "checkpoint.pt", "log.jsonl"], os.listdir("run")
     assert common.load_checkpoint("run")["epoch"] == 1
 print("unsaved", flush=True)
 pid = os.fork()

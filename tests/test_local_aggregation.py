@@ -19,9 +19,11 @@ from jobs import (
     contents,
     copied,
     epochs,
+    one_line,
     plain_nmi,
     read_assignments,
     read_log,
+    refusal,
     two_at_once,
     wait_for,
     without_times,
@@ -875,7 +877,7 @@ def test_cluster_numbers_in_the_log_are_those_of_the_first_clustering(whole, sch
 
 def test_files_of_a_run(whole):
     """checkpoint, the one before, backbone, one line per image, a picture; nothing else stays behind."""
-    names = {"log.jsonl", "checkpoint.pt", "checkpoint.prev.pt", "backbone.pt", "assignments.csv"}
+    names = {".lock", "log.jsonl", "checkpoint.pt", "checkpoint.prev.pt", "backbone.pt", "assignments.csv"}
     assert {p.name for p in whole.run.iterdir()} == names | {"clusters.png"}
     images, clusters = read_assignments(whole.run / "assignments.csv")
     assert images == [str(i) for i in range(N)]
@@ -1204,16 +1206,10 @@ local_aggregation.main()
 """
 
 
-def assert_one_line(job, code=1):
-    assert job.code == code, job.out + job.err
-    assert len(job.err.splitlines()) == 1 and job.err.startswith("local_aggregation.py: error: "), job.err
-    assert "Traceback" not in job.out
-
-
 def test_a_nan_leaves_the_checkpoint_before_it(start, whole):
     """Exit code 1, one line; neither weights nor bank took it in, and going on reaches the usual end."""
     job = start(QUICK, POISON).wait()
-    assert_one_line(job)
+    one_line(job, 1)
     assert (job.state()["epoch"], job.state()["step"]) == (1, 0) and job.state()["bank"].isfinite().all()
     same(start(QUICK, folder=job.folder).ok(), whole)
 
@@ -1229,7 +1225,7 @@ BLOWN_UP = {
 def test_a_learning_rate_that_blows_up_ends_in_one_line(start, name):
     """--lr 1e30: NaN in a step; or, with one step an epoch, in the embeddings: no traceback either way."""
     job = start([*QUICK, "--lr", "1e30", *BLOWN_UP[name]]).wait()
-    assert_one_line(job)
+    one_line(job, 1)
     assert "--lr" in job.err
     if name != "in a step":
         assert job.state()["epoch"] == 1  # whole and readable
@@ -1405,13 +1401,10 @@ for _flag in ("workers", "max-bad", "warm-up", "cluster-every"):
 
 @pytest.mark.parametrize("flag", WRONG)
 def test_impossible_values_end_with_exit_code_2_and_one_line(flag, capsys, monkeypatch):
-    """One line below the usage, which names the flag."""
+    """The line names the flag."""
     monkeypatch.setattr("sys.argv", ["local_aggregation.py"])
     for value in WRONG[flag].split():
-        with pytest.raises(SystemExit) as end:
-            options(["--data", "digits", f"--{flag}={value}"])
-        *usage, line = capsys.readouterr().err.strip().splitlines()
-        assert end.value.code == 2 and usage[0].startswith("usage: ") and all(u[0] == " " for u in usage[1:])
+        line = refusal(options, ["--data", "digits", f"--{flag}={value}"], capsys)
         assert line.startswith("local_aggregation.py: error: ") and f"--{flag}" in line, line
 
 
@@ -1463,14 +1456,14 @@ MISTAKES = {  # name: (arguments as a function of the places, words that the mes
 def refused(start, places):
     kept = contents(places.run)
     jobs = {name: lambda a=arguments: start(a(places)).wait() for name, (arguments, _) in MISTAKES.items()}
-    return two_at_once(jobs), kept
+    return two_at_once(jobs, "out of"), kept
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_end_with_exit_code_2_and_one_line(refused, name):
     """The line names the flag or the thing, says what would be right, and nothing is a traceback."""
     job = refused[0][name]
-    assert_one_line(job, 2)
+    one_line(job)
     assert not [word for word in MISTAKES[name][1] if word not in job.err], job.err
 
 

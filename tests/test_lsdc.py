@@ -1383,7 +1383,7 @@ TOGETHER = {  # words of the message: arguments
 
 @pytest.mark.parametrize("flag", WRONG)
 def test_impossible_values_end_with_exit_code_2_and_one_line(flag, capsys, monkeypatch):
-    """One line below the usage, which names the flag."""
+    """The line names the flag."""
     monkeypatch.setattr("sys.argv", ["lsdc.py"])
     for value in WRONG[flag].split():
         line = refusal(options, ["--data", "digits", f"--{flag}={value}"], capsys)
