@@ -66,10 +66,15 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message):
-        if int(os.environ.get("RANK", 0)) == 0:
+        if _first():
             lines = f"{self.prog}: error: {message} (--help explains the options)"
             print(" ".join(lines.split()), file=sys.stderr, flush=True)
         raise SystemExit(2)
+
+
+def _first():
+    """True on the first of torchrun's processes, before they have joined."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def number(text):
@@ -162,9 +167,7 @@ class _Watch:
 
     def _count(self):
         for tick in itertools.count(1):
-            with contextlib.suppress(
-                RuntimeError
-            ):  # the store went with its process: _listen hears nothing more
+            with contextlib.suppress(RuntimeError):  # the store is gone: _listen hears nothing more
                 self.store.set(self.names[self.own], str(tick))
                 self.heard = self.store.multi_get(self.names)
             if self.end.wait(TICK):
@@ -179,11 +182,8 @@ class _Watch:
             lost = [r for r, s in enumerate(silent) if s >= SILENCE and heard[r] != b"left"]
             if lost and heard[0] != b"left":
                 who = "all processes are" if self.own in lost else f"process {lost[0]} is"
-                print(
-                    f"{who} silent for {SILENCE * TICK:.0f} s: stopped, or out of reach; this one ends",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                silence = f"{who} silent for {SILENCE * TICK:.0f} s: stopped, or out of reach"
+                print(f"{silence}; this one ends", file=sys.stderr, flush=True)
                 os._exit(1)
 
     def stop(self, word=None):
@@ -197,7 +197,7 @@ class _Watch:
 
 def refuse(message, code=2):
     """End with one line and no traceback. All processes must come here together (see agree)."""
-    if main_process():
+    if main_process() if dist.is_initialized() else _first():
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     leave(code)
 

@@ -106,9 +106,75 @@ def test_verbs_do_nothing_on_one_process():
 
 
 def test_setup_refuses_an_unknown_device(launch):
-    """--device nonsense: one line and exit code 2, on one process."""
-    run = launch("import common\ncommon.setup('nonsense')", world=1)
-    assert run.codes == [2] and len(lines(run.err[0])) == 1 and "nonsense" in run.err[0]
+    """--device nonsense: one line and exit code 2, on one process and on two."""
+    for world in (1, 2):
+        run = launch("import common\ncommon.setup('nonsense')", world)
+        assert run.codes == [2] * world and len(lines(run.err[0])) == 1 and "nonsense" in run.err[0]
+        assert run.err[1:] == [""] * (world - 1)
+
+
+# Two processes that count ten times a second; MISHAP happens on one of them, the other waits for it.
+WATCHED = """
+import os, signal, sys, time, torch, common
+common.TICK = 0.1
+common.setup("cpu")
+def stop():  # until somebody takes pity
+    me = os.getpid()
+    if os.fork() == 0:
+        time.sleep(4)
+        os.kill(me, signal.SIGKILL)
+        os._exit(0)
+    os.kill(me, signal.SIGSTOP)
+if common.rank() == {who}:
+    {mishap}
+    common.total(torch.ones(1))
+else:
+    began = time.time()
+    try:
+        {waits}
+    finally:
+        print(time.time() - began, flush=True)
+common.leave()
+"""
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_stopped_process_ends_the_other_with_a_line(who, launch):
+    """In a second, at ten ticks of a tenth; process 0 keeps the store, so without it nobody is heard."""
+    run = launch(WATCHED.format(who=who, mishap="stop()", waits="common.total(torch.ones(1))"))
+    assert run.codes[who] == -9 and run.codes[1 - who] == 1, run.err
+    said = ["all processes are silent for 1 s", "process 1 is silent for 1 s"][who]
+    assert run.err[1 - who].startswith(said) and len(run.err[1 - who].splitlines()) == 1, run.err
+
+
+def test_slow_work_is_not_silence(launch):
+    """A process that computes or waits for three seconds, or has left, is not missed."""
+    slow = "torch.stack([(torch.rand(400, 400) @ torch.rand(400, 400)).sum() for _ in range(500)]); time.sleep(3)"
+    run = launch(WATCHED.format(who=1, mishap=slow, waits="common.total(torch.ones(1))"))
+    assert run.codes == [0, 0] and float(run.out[0]) > 3, run.err
+    run = launch(WATCHED.format(who=1, mishap="common.leave()", waits="time.sleep(3)"))
+    assert run.codes == [0, 0] and float(run.out[0]) > 3, run.err
+
+
+def test_a_process_that_fails_is_missed(launch):
+    """An exception ends both, long before a collective would give up; its message is on screen."""
+    run = launch(WATCHED.format(who=1, mishap="raise ValueError('made up')", waits="time.sleep(30)"))
+    assert run.codes == [1, 70] and "made up" in run.err[1] and "process 1 is silent" in run.err[0]
+
+
+def test_one_line_errors_of_the_command_line(capsys, monkeypatch):
+    """No usage, exit code 2, on the first process alone; numbers are finite."""
+    parser = common.Parser("what it is", prog="x.py")
+    parser.add_argument("--lr", type=common.number, default=0.5, help="a rate")
+    assert parser.parse_args(["--lr", "1e-3"]).lr == 0.001 and "(default: 0.5)" in parser.format_help()
+    for said, rank in ((1, None), (1, "0"), (0, "1")):
+        monkeypatch.setenv("RANK", rank) if rank else monkeypatch.delenv("RANK", raising=False)
+        for words in (["--lr", "nan"], ["--lr", "-inf"], ["--lr", "x"], ["--lr"], ["--l\nr", "1"], ["stray"]):
+            with pytest.raises(SystemExit) as end:
+                parser.parse_args(words)
+            err = capsys.readouterr().err
+            assert end.value.code == 2 and len(err.splitlines()) == said, err
+            assert not said or err.startswith("x.py: error: "), err
 
 
 def test_generator_depends_on_its_key_alone():
