@@ -107,6 +107,7 @@ from common import (
     say,
     seed_all,
     setup,
+    shaped,
     shard,
     stop,
     synchronise,
@@ -252,6 +253,8 @@ def options(argv=None):
         p.error(f"--head {args.head} is not among --k {' '.join(map(str, args.k))}")
     if args.batch_size < 2:
         p.error("--batch-size must be at least 2: batch norm compares images")
+    if max(args.resize, args.dim) > 16384 or args.projector_layers > 16:
+        p.error("--resize, --image-size and --dim must be at most 16384, --projector-layers at most 16")
     if args.resize < args.image_size:
         p.error(f"--resize {args.resize} is smaller than --image-size {args.image_size}")
     if args.views == "multi" and args.small_size != args.image_size and not args.arch.startswith("resnet"):
@@ -577,7 +580,10 @@ def untrained_scores(trunk, loader, judge, args):
         extract(trunk, images, torch.arange(*shard(len(images.data))), args.amp) for images in (loader, judge)
     ]
     k = min(len(loader.data), len(loader.data.classes))
-    centroids = kmeans(own[0], k, gen=generator(args.seed, "untrained")).centroids
+    try:
+        centroids = kmeans(own[0], k, gen=generator(args.seed, "untrained")).centroids
+    except ValueError as error:  # NaN; the same on all processes
+        refuse(f"{error}", 1)
     return label_scores(judge.data.labels, gather(nearest(own[1], centroids)[1][:, 0]).cpu())
 
 
@@ -637,6 +643,8 @@ def main():
     groups = [{"params": wide, "weight_decay": args.wd * (args.optimizer == "sgd")}, {"params": flat}]
     optimizer = torch.optim.SGD(groups, args.lr, args.momentum, fused=True)
     run = Run(args, data)
+    slots = args.label_size if args.first_stage < 1 else 1
+    memory = new_memory(args.k, args.dim, len(data), slots, device, args.seed, "centres")
     epoch, step, sums, before, untrained = 0, 0, [0.0] * 4, None, None
     if run.state:
         state = run.state
@@ -644,9 +652,9 @@ def main():
             epoch, step, sums, before = (state[k] for k in ("epoch", "step", "sums", "before"))
             net.load_state_dict(state["net"])
             optimizer.load_state_dict(state["optimizer"])
-            memory = {name: tensor.to(device) for name, tensor in state["memory"].items()}
-            untrained = state["untrained"]
-        if state["finished"]:
+            memory = {k: shaped(state["memory"][k], *own.shape).to(device) for k, own in memory.items()}
+            untrained, finished = state["untrained"], state["finished"]
+        if finished:
             say(f"{args.out} is finished after {args.epochs} epochs; its last lines: {args.out}/log.jsonl")
             leave()
         run.state = state = None  # its copy of the memory
@@ -654,8 +662,6 @@ def main():
         run.log({"resumed": True, "epoch": epoch, "step": step})
     else:
         run.first_record(args, device, data)
-        slots = args.label_size if args.first_stage < 1 else 1
-        memory = new_memory(args.k, args.dim, len(data), slots, device, args.seed, "centres")
         if judge:
             say("clustering the features of the untrained network, to compare with")
             untrained = untrained_scores(trunk, loader, judge, args)

@@ -25,9 +25,11 @@ import importlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
+import stat
 import sys
 import threading
 import time
@@ -64,6 +66,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **more
         )
+
+    def parse_args(self, *words, **more):
+        args = super().parse_args(*words, **more)
+        for name, value in vars(args).items():
+            if value == "":  # such as an unset variable of the shell: --out "$OUT"
+                self.error(f"--{name.replace('_', '-')} is empty")
+        return args
 
     def error(self, message):
         if _first():
@@ -184,7 +193,7 @@ class _Watch:
                 who = "all processes are" if self.own in lost else f"process {lost[0]} is"
                 silence = f"{who} silent for {SILENCE * TICK:.0f} s: stopped, or out of reach"
                 print(f"{silence}; this one ends", file=sys.stderr, flush=True)
-                os._exit(1)
+                _exit_now(1)
 
     def stop(self, word=None):
         """No more counting or listening; word "left": nor need the others listen to this process."""
@@ -379,13 +388,22 @@ def before_leaving(save):
     _before_leaving[:] = [save]
 
 
+def _exit_now(code):
+    """End at once, from any thread, and the loader's processes with this one."""
+    with contextlib.suppress(ValueError):  # only the main thread may; it is also the one that would be told
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
+
+
 def leave_if_asked():
     """Leave now if a signal came; for phases that are done again from their start, like clustering."""
     if _signal:
         for save in _before_leaving:
             save()
         say(f"stopped by signal {_signal}; the same command (without --overwrite) does this part again")
-        os._exit(128 + _signal)
+        _exit_now(128 + _signal)
 
 
 def heartbeat(loss, *others):
@@ -626,6 +644,8 @@ def open_image(path):
 
     Pillow, not torchvision.io: on damaged PNG files the latter takes the process down.
     """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a named pipe would be waited for
+        raise OSError("not a regular file")
     with warnings.catch_warnings(), Image.open(path) as image:
         warnings.simplefilter("ignore")
         image.load()
@@ -778,15 +798,22 @@ class Loader:
             pin_memory=self.device.type == "cuda",
             multiprocessing_context="fork" if workers else None,
         )
-        for index, images, bad in loader:
-            for j, why in bad:
-                if j not in self.bad:
-                    print(
-                        f"unreadable image {self.data.paths[j]!r} ({why}): the next one stands in",
-                        flush=True,
-                    )
-                self.bad[j] = why
-            yield index, [x.to(self.device, non_blocking=True) for x in images]
+        batches = iter(loader)
+        # After an exception, whose traceback holds the iterator, nobody else ends the workers: they ignore signals.
+        end = getattr(batches, "_shutdown_workers", lambda: None)
+        atexit.register(end)
+        try:
+            for index, images, bad in batches:
+                for j, why in bad:
+                    if j not in self.bad:
+                        print(
+                            f"unreadable image {self.data.paths[j]!r} ({why}): the next one stands in",
+                            flush=True,
+                        )
+                    self.bad[j] = why
+                yield index, [x.to(self.device, non_blocking=True) for x in images]
+        finally:
+            atexit.unregister(end)
 
     def check_files(self):
         """Refuse, on all processes, when more than max_bad files could not be read."""
@@ -1574,6 +1601,13 @@ def _plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def shaped(x, *shape):
+    """The tensor x, if this is its shape; else ValueError, for a checkpoint that is not this run's."""
+    if tuple(x.shape) != shape:
+        raise ValueError(f"a tensor of shape {tuple(x.shape)} instead of {shape}")
+    return x
+
+
 class Run:
     """The run folder: log.jsonl, the checkpoint, and what else a run leaves behind."""
 
@@ -1594,7 +1628,7 @@ class Run:
                 "file_names": hashlib.blake2b(names, digest_size=4).hexdigest(),
             }
         self.state = from_main(lambda: self._open(args))
-        self.began = time.time() - 60 * (self.state or {}).get("minutes", 0)
+        self.began = time.time() - 60 * (self.state["minutes"] if self.state else 0)
 
     def minutes(self):
         """Time the run has taken, what was done before a resume included."""
@@ -1610,6 +1644,8 @@ class Run:
         except OSError as error:  # else a file system without locks
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 self._refuse(f"--out {self.out}: another run is writing there just now; use another --out")
+        for path in [*self.out.glob("*.pt.tmp"), *self.out.glob("*.pt.old")]:  # of a save that was killed
+            path.unlink(missing_ok=True)
         if args.overwrite:
             for path in [*map(self.out.joinpath, FILES), *self.out.glob("eval_linear-*.json")]:
                 path.unlink(missing_ok=True)
@@ -1706,7 +1742,8 @@ def save_file(path, state, keep=None):
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        print(f"could not save {path} ({_short(error)}); the run goes on", file=sys.stderr, flush=True)
+        full = "; is the disk full?" if isinstance(error, RuntimeError) else ""
+        print(f"could not save {path} ({_short(error)}{full}); the run goes on", file=sys.stderr, flush=True)
         return False
 
 
@@ -1729,7 +1766,9 @@ def load_file(path):
             broken = archive.testzip()
         if broken:
             raise ValueError(f"checksum of {broken} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of TorchScript archives, which are refused
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:
@@ -1745,7 +1784,8 @@ def load_checkpoint(folder):
             continue
         try:
             state = load_file(path)
-            if not isinstance(state, dict) or "config" not in state:
+            kinds = {"config": dict, "log_bytes": int, "minutes": (int, float)}
+            if not isinstance(state, dict) or not all(isinstance(state.get(k), t) for k, t in kinds.items()):
                 raise ValueError(f"{path} is not a checkpoint of these scripts")
             if damaged:
                 print(f"{damaged}; going on from {name}", flush=True)

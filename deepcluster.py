@@ -89,6 +89,7 @@ from common import (
     seed_all,
     seed_step,
     setup,
+    shaped,
     shard,
     share_buffers,
     stop,
@@ -202,6 +203,8 @@ def options(argv=None):
         p.error("--lr and --wd must be at least 0, --momentum and --dropout in 0..1 (1 excluded)")
     if not 0 < args.crop_area <= 1:
         p.error("--crop-area must lie in 0..1")
+    if args.resize > 16384:
+        p.error("--resize and --image-size must be at most 16384")
     if args.resize < args.image_size:
         p.error(f"--resize {args.resize} is smaller than --image-size {args.image_size}")
     return args
@@ -435,12 +438,13 @@ def main():
         state = run.state
         with run.restoring():
             epoch, step, loss_sum, record = (state[k] for k in ("epoch", "step", "loss_sum", "record"))
-            assign_all, untrained = state["assign_all"], state["untrained_nmi"]
+            assign_all, untrained = shaped(state["assign_all"], len(data)), state["untrained_nmi"]
             body.load_state_dict(state["body"])
             optimizer.load_state_dict(state["optimizer"])
             head = make_head(body.dim, state["clusters"]).to(device)
             head.load_state_dict(state["head"])
-        if state["result"] and epoch >= args.epochs:
+            finished = state["result"] and epoch >= args.epochs
+        if finished:
             say(f"{args.out} is finished after {epoch} epochs; its last lines: {args.out}/log.jsonl")
             leave()
         say(f"going on from epoch {epoch + 1}, step {step} of {args.out}")

@@ -99,6 +99,7 @@ from common import (
     say,
     seed_all,
     setup,
+    shaped,
     shard,
     stop,
     synchronise,
@@ -216,6 +217,8 @@ def options(argv=None):
         p.error("--batch-size must be at least 2: batch norm compares images")
     if any(s < 1 for s in args.lr_steps):
         p.error("--lr-steps must be at least 1")
+    if max(args.resize, args.dim) > 16384:
+        p.error("--resize, --image-size and --dim must be at most 16384")
     if args.resize < args.image_size:
         p.error(f"--resize {args.resize} is smaller than --image-size {args.image_size}")
     return args
@@ -464,10 +467,11 @@ def main():
             epoch, step, sums, record = (state[k] for k in ("epoch", "step", "sums", "record"))
             net.load_state_dict(state["net"])
             optimizer.load_state_dict(state["optimizer"])
-            bank = state["bank"].to(device)
-            clusterings = None if state["clusterings"] is None else state["clusterings"].to(device)
-            untrained = state["untrained"]
-        if state["finished"] and epoch >= args.epochs:
+            bank = shaped(state["bank"], len(data), args.dim).to(device)
+            if state["clusterings"] is not None:
+                clusterings = shaped(state["clusterings"], args.clusterings, len(data)).to(device)
+            untrained, finished = state["untrained"], state["finished"]
+        if finished and epoch >= args.epochs:
             say(f"{args.out} is finished after {epoch} epochs; its last lines: {args.out}/log.jsonl")
             leave()
         run.state = state = None  # its copy of the bank

@@ -107,6 +107,7 @@ from common import (
     say,
     seed_all,
     setup,
+    shaped,
     shard,
     stop,
     synchronise,
@@ -279,6 +280,8 @@ def options(argv=None):
         p.error(
             f"--neighbours {args.neighbours}: a batch of {args.batch_size} holds {args.batch_size - 1} others"
         )
+    if args.resize > 16384:
+        p.error("--resize and --image-size must be at most 16384")
     if args.resize < args.image_size:
         p.error(f"--resize {args.resize} is smaller than --image-size {args.image_size}")
     vectors = args.data.endswith(".npz")
@@ -867,10 +870,10 @@ def main():
     if run.state:
         state = run.state
         with run.restoring():
-            epoch, step, sums, before, baselines = (
-                state[k] for k in ("epoch", "step", "sums", "before", "baselines")
-            )
-        if state["finished"]:
+            names = ("epoch", "step", "sums", "before", "baselines", "finished")
+            epoch, step, sums, before, baselines, finished = (state[k] for k in names)
+            before = None if before is None else shaped(before, len(data))
+        if finished:
             say(f"{args.out} is finished after {args.epochs} epochs; its last lines: {args.out}/log.jsonl")
             leave()
     else:

@@ -21,6 +21,7 @@ def state(n):
     """A checkpoint that can be recognised whole."""
     return {
         "config": {"k": 3},
+        "minutes": 0,
         "log_bytes": 0,
         "epoch": n,
         "w": torch.full((500,), float(n)),
@@ -228,7 +229,7 @@ def test_kill_9_while_saving(launch):
 import os, random, signal, time, torch, common
 random.seed(0)
 def state(n):
-    return {"config": {}, "epoch": n, "w": torch.full((200000,), float(n))}
+    return {"config": {}, "log_bytes": 0, "minutes": 0, "epoch": n, "w": torch.full((200000,), float(n))}
 last = 0
 for trial in range(10):
     pid = os.fork()
