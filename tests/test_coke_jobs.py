@@ -2,8 +2,6 @@
 
 import functools
 import math
-import os
-import signal
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +19,6 @@ from jobs import (
     plain_nmi,
     read_assignments,
     two_at_once,
-    wait_for,
     without_times,
     write_images,
 )
@@ -572,21 +569,6 @@ def test_a_signal_saves_that_very_step(crashed):
     }
     assert {name: crashed[name][1] for name in want} == want
     assert "going on from epoch 4, step 2 " in crashed["SIGTERM in the second stage"][2].out
-
-
-def test_kill_9_from_outside(start, whole):
-    """As soon as the log has its first line, or the second epoch's: a whole checkpoint is there or none."""
-
-    def kill(wanted):
-        job = start(ONE)
-        log = job.run / "log.jsonl"
-        wait_for(lambda: log.exists() and log.read_text().count('"loss"') >= wanted, 120)
-        os.kill(job.pids()[0], signal.SIGKILL)
-        return job.wait().code, start(ONE, folder=job.folder).wait()
-
-    for code, resumed in two_at_once({n: lambda n=n: kill(n) for n in (0, 2)}).values():
-        assert code == -9 and resumed.code == 0, resumed.err
-        same(resumed, whole["one"])
 
 
 # The script, with NaN images in the fourth step of an epoch.

@@ -3,11 +3,9 @@
 import functools
 import math
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -1071,26 +1069,6 @@ def test_the_log_of_an_interrupted_run_misses_nothing_and_repeats_nothing(crashe
     assert without_times(resumed.log()) == without_times(reference.log())
     assert resumed.log()[-1]["result"] == reference.log()[-1]["result"]
     assert sum("resumed" in r for r in resumed.log()) == (name != "kill in the first epoch")
-
-
-def test_kill_9_at_random_moments(start, whole):
-    """From outside, at two moments drawn at random in the middle; the resumed runs end bit-identical."""
-    pace = sum(epochs(whole.log())[1]["seconds"].values())
-
-    def kill(seed):
-        draw = random.Random(seed)
-        job, wanted = start(QUICK), draw.randint(1, 2)
-        log = job.run / "log.jsonl"
-        wait_for(lambda: log.exists() and log.read_text().count('"loss"') >= wanted, 120)
-        time.sleep(draw.random() * pace)
-        os.kill(job.pids()[0], signal.SIGKILL)
-        code = job.wait().code
-        return code, start(QUICK, folder=job.folder).wait()
-
-    for code, resumed in two_at_once({s: lambda s=s: kill(s) for s in (1, 2)}).values():
-        assert code == -9 and resumed.code == 0
-        same(resumed, whole)
-        assert without_times(resumed.log()) == without_times(whole.log())
 
 
 # The script, which leaves a mark in the folder when it has come to the fifth step of the second epoch.

@@ -2,8 +2,6 @@
 
 import functools
 import math
-import os
-import signal
 from argparse import Namespace
 from collections import Counter
 from decimal import Decimal
@@ -25,7 +23,6 @@ from jobs import (
     read_log,
     refusal,
     two_at_once,
-    wait_for,
     without_times,
     write_images,
 )
@@ -1163,21 +1160,6 @@ def test_a_resumed_epoch_does_not_cluster_again(crashed, name):
     epoch, step = first.state["at"]
     keys = seen_by(reference)["keys"]
     assert seen_by(resumed)["keys"] == [key for key in keys if key > (epoch, step)] != keys
-
-
-def test_kill_9_from_outside_in_both_phases(start, whole):
-    """As soon as the log has its first line, or the second epoch's: a whole checkpoint is there or none."""
-
-    def kill(wanted):
-        job = start(QUICK)
-        log = job.run / "log.jsonl"
-        wait_for(lambda: log.exists() and log.read_text().count('"loss"') >= wanted, 120)
-        os.kill(job.pids()[0], signal.SIGKILL)
-        return job.wait().code, start(QUICK, folder=job.folder).wait()
-
-    for code, resumed in two_at_once({n: lambda n=n: kill(n) for n in (0, 2)}).values():
-        assert code == -9 and resumed.code == 0, resumed.err
-        same(resumed, whole)
 
 
 def test_a_finished_run_says_so_and_changes_nothing(start, whole):

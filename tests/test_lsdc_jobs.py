@@ -6,7 +6,6 @@ import math
 import os
 import pickle
 import shutil
-import signal
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +25,6 @@ from jobs import (
     plain_nmi,
     read_assignments,
     two_at_once,
-    wait_for,
     without_times,
     write_images,
 )
@@ -783,21 +781,6 @@ def test_a_signal_saves_that_very_step(crashed):
     assert {name: crashed[name][1] for name in want} == want
     (line,) = [x for x in crashed["SIGTERM in clustering"][2].out.splitlines() if x.startswith("going on")]
     assert not [word for word in ("clustering", "epoch 2", "step 2") if word not in line], line
-
-
-def test_kill_9_from_outside(start, whole, places):
-    """As soon as the log has its first line, or the third epoch's: a whole checkpoint is there or none."""
-
-    def kill(wanted):
-        job = start(flags_of("ricap", places))
-        log = job.run / "log.jsonl"
-        wait_for(lambda: log.exists() and log.read_text().count('"loss"') >= wanted, 120)
-        os.kill(job.pids()[0], signal.SIGKILL)
-        return job.wait().code, start(flags_of("ricap", places), folder=job.folder).wait()
-
-    for code, resumed in two_at_once({n: lambda n=n: kill(n) for n in (0, 3)}).values():
-        assert code == -9 and resumed.code == 0, resumed.err
-        same(resumed, whole["ricap"])
 
 
 # The script, with NaN images in the second step of an epoch.
