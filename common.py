@@ -18,7 +18,6 @@ import argparse
 import atexit
 import contextlib
 import csv
-import errno
 import fcntl
 import hashlib
 import importlib
@@ -27,6 +26,7 @@ import json
 import math
 import multiprocessing
 import os
+import secrets
 import shutil
 import signal
 import stat
@@ -71,19 +71,23 @@ class Parser(argparse.ArgumentParser):
         args = super().parse_args(*words, **more)
         for name, value in vars(args).items():
             if value == "":  # such as an unset variable of the shell: --out "$OUT"
-                self.error(f"--{name.replace('_', '-')} is empty")
+                self.error(f"{name.replace('_', '-')} is empty")
         return args
 
     def error(self, message):
         if _first():
-            lines = f"{self.prog}: error: {message} (--help explains the options)"
-            print(" ".join(lines.split()), file=sys.stderr, flush=True)
+            _complain(f"{message} (--help explains the options)")
         raise SystemExit(2)
 
 
 def _first():
-    """True on the first of torchrun's processes, before they have joined."""
-    return int(os.environ.get("RANK", 0)) == 0
+    """True on one process of each machine, before they have joined."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("RANK") or 0) == 0
+
+
+def _complain(message):
+    line = f"{Path(sys.argv[0]).name}: error: {message}"
+    print(" ".join(line.split()), file=sys.stderr, flush=True)
 
 
 def number(text):
@@ -116,9 +120,9 @@ def setup(device="auto"):
     """Join torchrun's processes if there are any; return this process's torch.device.
 
     device: "auto" (CUDA where there is some, else the CPU), "cpu", "cuda" or "cuda:1".
-    gloo carries CPU tensors and nccl CUDA tensors. A process that dies, is stopped or is lost with its
-    machine ends all others within half a minute (see _Watch); a collective that one of them never
-    enters, after an hour: that long the others wait for a download.
+    gloo carries CPU tensors and nccl CUDA tensors. Joining may take 10 minutes. From then on a process
+    that dies, is stopped or is lost with its machine ends all others within half a minute (see _Watch);
+    a collective that one of them never enters, after an hour: that long the others wait for a download.
     """
     global _watch
     # Until all have joined, a signal ends the process at once: there is nothing to save, and nobody to agree with.
@@ -143,14 +147,47 @@ def setup(device="auto"):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, own, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
-        # torchrun keeps its store when it starts the processes again, with the dead ones' addresses in it.
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = dist.PrefixStore(_meet(store, own, world), store)
         store.set(f"alive {own}", "0")
         dist.init_process_group(backend, store=store, rank=own, world_size=world, timeout=timedelta(hours=1))
         _watch = _Watch(store.clone(), own, world)
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, _remember_signal)
+    for name in SIGNALS:
+        if name != signal.SIGHUP or signal.getsignal(name) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(name, _remember_signal)
     return device
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal is gone
+
+
+def _meet(store, own, world, limit=600):
+    """A name that the processes of this start share, and no former start had.
+
+    torchrun keeps its store when it starts the processes again, with what dead ones wrote, their addresses among
+    it; and it counts restarts on each machine apart. So process 0 makes up a name and waits for the others to
+    say hello to it, each with a word of its own; who gets that word back knows that the name is alive.
+    """
+    word, end = secrets.token_hex(8), time.monotonic() + limit
+    if own == 0:
+        store.set("name", word)
+        for r in range(1, world):
+            store.set(f"go {word} {r}", store.get(f"hello {word} {r}"))  # waits for it
+        return word
+    while time.monotonic() < end:
+        name = store.get("name").decode()
+        store.set(f"hello {name} {own}", word)
+        with contextlib.suppress(RuntimeError):  # nothing heard in a second: a dead one's name
+            store.wait([f"go {name} {own}"], timedelta(seconds=1))
+            if store.get(f"go {name} {own}").decode() == word:
+                return name
+        time.sleep(0.05)
+    raise TimeoutError(f"process 0 was not found in {limit} s")
+
+
+def restarted():
+    """True if torchrun or Slurm started this command again by itself."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(int(os.environ.get(name) or 0) > 0 for name in counts)
 
 
 SILENCE, TICK = 10, 2.0  # a process is lost after so many ticks of so many seconds without a sign of life
@@ -192,8 +229,10 @@ class _Watch:
             if lost and heard[0] != b"left":
                 who = "all processes are" if self.own in lost else f"process {lost[0]} is"
                 silence = f"{who} silent for {SILENCE * TICK:.0f} s: stopped, or out of reach"
-                print(f"{silence}; this one ends", file=sys.stderr, flush=True)
-                _exit_now(1)
+                try:
+                    print(f"{silence}; this one ends", file=sys.stderr, flush=True)
+                finally:  # though nobody may be left to read it
+                    _exit_now(1)
 
     def stop(self, word=None):
         """No more counting or listening; word "left": nor need the others listen to this process."""
@@ -207,7 +246,7 @@ class _Watch:
 def refuse(message, code=2):
     """End with one line and no traceback. All processes must come here together (see agree)."""
     if main_process() if dist.is_initialized() else _first():
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        _complain(message)
     leave(code)
 
 
@@ -242,7 +281,7 @@ def from_main(make):
             box = [None, end.code]
     dist.broadcast_object_list(box)
     if box[1] is not None:
-        raise SystemExit(box[1])
+        leave(box[1])
     return box[0]
 
 
@@ -392,9 +431,11 @@ def _exit_now(code):
     """End at once, from any thread, and the loader's processes with this one."""
     with contextlib.suppress(ValueError):  # only the main thread may; it is also the one that would be told
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for child in multiprocessing.active_children():
-        child.kill()
-    os._exit(code)
+    try:
+        for child in multiprocessing.active_children():
+            child.kill()
+    finally:
+        os._exit(code)
 
 
 def leave_if_asked():
@@ -687,7 +728,7 @@ def _collate(items):
 
 def _ignore_signals(_worker):
     """A signal to the whole process group is for the training process: it still needs its workers."""
-    for name in (signal.SIGTERM, signal.SIGINT):
+    for name in SIGNALS:
         signal.signal(name, signal.SIG_IGN)
 
 
@@ -1637,22 +1678,17 @@ class Run:
     def _open(self, args):
         if problem := unwritable(self.out):
             self._refuse(problem)
-        # Kept open: a lock that ends with this process, however it ends.
-        self.lock = open(self.out / ".lock", "a")  # noqa: SIM115
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # else a file system without locks
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                self._refuse(f"--out {self.out}: another run is writing there just now; use another --out")
+        self._lock(120 if restarted() else 0)
         for path in [*self.out.glob("*.pt.tmp"), *self.out.glob("*.pt.old")]:  # of a save that was killed
             path.unlink(missing_ok=True)
-        if args.overwrite:
+        if args.overwrite and not restarted():  # or a restart would throw away what it is to save
             for path in [*map(self.out.joinpath, FILES), *self.out.glob("eval_linear-*.json")]:
                 path.unlink(missing_ok=True)
         state = load_checkpoint(self.out)
         if state is not None:
-            old = state.get("config", {})
-            odd = [k for k in {**old, **self.config} if old.get(k, "unset") != self.config.get(k, "unset")]
+            old = state["config"]
+            known = [k for k in {**old, **self.config} if k in old or k not in ("images", "file_names")]
+            odd = [k for k in known if old.get(k, "unset") != self.config.get(k, "unset")]
             if odd:
                 what = ", ".join(f"{k} {old.get(k)} -> {self.config.get(k)}" for k in sorted(odd)[:8])
                 what += f", and {len(odd) - 8} more" if len(odd) > 8 else ""
@@ -1662,8 +1698,8 @@ class Run:
                 )
             if state.get("processes", processes()) != processes():
                 print(
-                    f"{processes()} processes now, {state['processes']} before: the same up to rounding, but for dropout "
-                    "and for batch norm over each process's own part of the batch",
+                    f"{processes()} processes now, {state['processes']} before: the same images in the same steps, but sums "
+                    "round differently, and dropout and a process's own batch norm see other parts of the batch",
                     flush=True,
                 )
         log = self.out / "log.jsonl"
@@ -1671,8 +1707,28 @@ class Run:
             os.truncate(log, min(log.stat().st_size, state["log_bytes"] if state else 0))
         return state
 
+    def _lock(self, patience):
+        """Keep other runs out for as long as this process lives, however it ends; patience in seconds."""
+        try:
+            self.lock = open(self.out / ".lock", "a")  # noqa: SIM115
+            while True:
+                try:
+                    return fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except (BlockingIOError, PermissionError):  # a lost machine's lock may last a while
+                    if patience <= 0:
+                        raise
+                time.sleep(1)
+                patience -= 1
+        except (BlockingIOError, PermissionError):
+            self._refuse(
+                f"--out {self.out}: another run is writing there just now (or remove .lock if a lost machine"
+                " holds it); use another --out"
+            )
+        except OSError:
+            pass  # a file system without locks
+
     def _refuse(self, message):  # on the main process alone: from_main carries the exit to the others
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        _complain(message)
         raise SystemExit(2)
 
     def log(self, record):
@@ -1706,14 +1762,16 @@ class Run:
         """What is taken from self.state in here must fit; if it does not, one line and exit code 2."""
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
+            problem = None
+        except (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError)):
+            raise  # the machine's fault, not the file's
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             why = f"{type(error).__name__}: {_short(error)}"
-            refuse(
+            problem = (
                 f"{self.out}/checkpoint.pt does not fit this {self.script}, another version's perhaps ({why}); "
                 "use another --out, or --overwrite"
             )
+        agree(problem)
 
     def finish(self):
         """Exit code 1 if the last checkpoint could not be written; all processes leave together."""
@@ -1761,6 +1819,8 @@ def load_file(path):
     Checks every zip checksum first (torch does not: flipped bits would become wrong weights), and
     never unpickles anything but plain data.
     """
+    with open(path, "rb") as file:  # not to be read at all is another thing than to be damaged
+        file.read(1)
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -1769,7 +1829,7 @@ def load_file(path):
         with warnings.catch_warnings():  # of TorchScript archives, which are refused
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except MemoryError:
         raise
     except Exception as error:
         raise ValueError(f"{path} is damaged or not a checkpoint ({_short(error)})") from None
@@ -1794,12 +1854,11 @@ def load_checkpoint(folder):
             return state
         except ValueError as error:
             damaged = damaged or str(error)
+        except OSError as error:
+            _complain(f"cannot read {path} ({error.strerror})")
+            raise SystemExit(2) from None
     if damaged:
-        print(
-            f"{Path(sys.argv[0]).name}: error: {damaged}; --overwrite starts afresh",
-            file=sys.stderr,
-            flush=True,
-        )
+        _complain(f"{damaged}; --overwrite starts afresh")
         raise SystemExit(2)
     return None
 
@@ -1849,6 +1908,8 @@ def load_backbone(path):
         saved = load_file(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; give a run folder or a backbone.pt") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror})") from None
     if not isinstance(saved, dict) or not {"state_dict", "meta"} <= set(saved):
         raise ValueError(f"{path} is no backbone.pt (it lacks state_dict and meta)")
     meta = saved["meta"]

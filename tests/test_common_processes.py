@@ -1,10 +1,14 @@
 """common.py, processes: the verbs mean the same on one, two and three processes."""
 
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import common
@@ -113,6 +117,26 @@ def test_setup_refuses_an_unknown_device(launch):
         assert run.err[1:] == [""] * (world - 1)
 
 
+def test_processes_of_one_start_find_each_other_in_an_old_store():
+    """Three starts in one store, where every one leaves what it wrote: a name of its own for each, the same for
+    all its processes, whoever comes first."""
+    second = timedelta(seconds=20)
+    server = dist.TCPStore("127.0.0.1", 0, None, True, second, wait_for_workers=False)
+    names = []
+    for delays in ((0, 0, 0.2), (0.3, 0, 0), (0, 0.2, 0)):
+
+        def meet(own, delays=delays):
+            time.sleep(delays[own])
+            store = dist.TCPStore("127.0.0.1", server.port, None, False, second, wait_for_workers=False)
+            return common._meet(store, own, 3, limit=20)
+
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(meet, range(3)))
+        assert len(set(found)) == 1
+        names += found[:1]
+    assert len(set(names)) == 3
+
+
 # Two processes that count ten times a second; MISHAP happens on one of them, the other waits for it.
 WATCHED = """
 import os, signal, sys, time, torch, common
@@ -164,7 +188,8 @@ def test_a_process_that_fails_is_missed(launch):
 
 def test_one_line_errors_of_the_command_line(capsys, monkeypatch):
     """No usage, exit code 2, on the first process alone; numbers are finite."""
-    parser = common.Parser("what it is", prog="x.py")
+    monkeypatch.setattr("sys.argv", ["x.py"])
+    parser = common.Parser("what it is")
     parser.add_argument("--lr", type=common.number, default=0.5, help="a rate")
     assert parser.parse_args(["--lr", "1e-3"]).lr == 0.001 and "(default: 0.5)" in parser.format_help()
     for said, rank in ((1, None), (1, "0"), (0, "1")):

@@ -338,6 +338,38 @@ def test_other_arguments_are_refused_by_name(tmp_path, capsys):
     assert (tmp_path / "mine.txt").exists()
 
 
+class Folder:
+    """As much of a data set as the run folder looks at."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+
+@pytest.mark.parametrize("count", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restart_does_not_overwrite(count, tmp_path, monkeypatch):
+    """--overwrite in a command that torchrun or Slurm starts again is for its first start alone."""
+    args = arguments(tmp_path, overwrite=True)
+    monkeypatch.setenv(count, "0")
+    Run(args).save({"epoch": 1})
+    monkeypatch.setenv(count, "1")
+    assert Run(args).state["epoch"] == 1
+    monkeypatch.setenv(count, "0")
+    assert Run(args).state is None
+
+
+def test_checkpoints_from_before_images_were_compared_go_on(tmp_path, capsys):
+    """Images and file names are compared where the checkpoint tells of them, and named if they differ."""
+    two, three = (Folder(["a/1.png", "a/2.png", "a/3.png"][:n]) for n in (2, 3))
+    Run(arguments(tmp_path)).save({"epoch": 1})
+    Run(arguments(tmp_path), two).save({"epoch": 2})
+    assert Run(arguments(tmp_path), two).state["epoch"] == 2
+    exits(capsys, lambda: Run(arguments(tmp_path), three), "images 2 -> 3", "file_names")
+    exits(capsys, lambda: Run(arguments(tmp_path), Folder(["a/1.png", "a/x.png"])), "file_names")
+
+
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
     """--out below a file, or a file itself: exit code 2 and one line."""
     (tmp_path / "file").write_text("x")
