@@ -443,7 +443,10 @@ def leave_if_asked():
     if _signal:
         for save in _before_leaving:
             save()
-        say(f"stopped by signal {_signal}; the same command (without --overwrite) does this part again")
+        say(
+            f"stopped by signal {_signal} between steps; those are saved, the same command (without --overwrite) does"
+            " this part again"
+        )
         _exit_now(128 + _signal)
 
 
@@ -839,7 +842,9 @@ class Loader:
             pin_memory=self.device.type == "cuda",
             multiprocessing_context="fork" if workers else None,
         )
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the workers ignore them
         batches = iter(loader)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         # After an exception, whose traceback holds the iterator, nobody else ends the workers: they ignore signals.
         end = getattr(batches, "_shutdown_workers", lambda: None)
         atexit.register(end)
@@ -853,8 +858,17 @@ class Loader:
                         )
                     self.bad[j] = why
                 yield index, [x.to(self.device, non_blocking=True) for x in images]
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            _complain(
+                f"a process that decodes images died, for lack of memory perhaps ({_short(error)});"
+                " the same command goes on from the checkpoint"
+            )
+            _exit_now(1)
         finally:
             atexit.unregister(end)
+            end()
 
     def check_files(self):
         """Refuse, on all processes, when more than max_bad files could not be read."""
@@ -1690,15 +1704,18 @@ class Run:
             known = [k for k in {**old, **self.config} if k in old or k not in ("images", "file_names")]
             odd = [k for k in known if old.get(k, "unset") != self.config.get(k, "unset")]
             if odd:
-                what = ", ".join(f"{k} {old.get(k)} -> {self.config.get(k)}" for k in sorted(odd)[:8])
+                told = {k: f"{k} {old.get(k)} -> {self.config.get(k)}" for k in odd}
+                told |= {"file_names": "other file names"} if "file_names" in odd else {}
+                what = ", ".join(told[k] for k in sorted(odd)[:8])
                 what += f", and {len(odd) - 8} more" if len(odd) > 8 else ""
                 by = f" of {state['script']}" if state.get("script", self.script) != self.script else ""
                 self._refuse(
                     f"--out {self.out} holds another run{by} ({what}); use another --out, or --overwrite"
                 )
             if state.get("processes", processes()) != processes():
+                many = "processes" if processes() > 1 else "process"
                 print(
-                    f"{processes()} processes now, {state['processes']} before: the same images in the same steps, but sums "
+                    f"{processes()} {many} now, {state['processes']} before: the same images in the same steps, but sums "
                     "round differently, and dropout and a process's own batch norm see other parts of the batch",
                     flush=True,
                 )

@@ -366,8 +366,8 @@ def test_checkpoints_from_before_images_were_compared_go_on(tmp_path, capsys):
     Run(arguments(tmp_path)).save({"epoch": 1})
     Run(arguments(tmp_path), two).save({"epoch": 2})
     assert Run(arguments(tmp_path), two).state["epoch"] == 2
-    exits(capsys, lambda: Run(arguments(tmp_path), three), "images 2 -> 3", "file_names")
-    exits(capsys, lambda: Run(arguments(tmp_path), Folder(["a/1.png", "a/x.png"])), "file_names")
+    exits(capsys, lambda: Run(arguments(tmp_path), three), "images 2 -> 3", "other file names")
+    exits(capsys, lambda: Run(arguments(tmp_path), Folder(["a/1.png", "a/x.png"])), "other file names")
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):

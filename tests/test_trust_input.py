@@ -560,7 +560,7 @@ def test_other_images(script, go, tmp_path, ledger):
     photos, before, tally = tmp_path / "work/photos", contents(job.run), Tally()
     changes = {
         "images 24 -> 25": lambda: shutil.copy(photos / "003.png", photos / "024.png"),
-        "file_names": lambda: (
+        "file names": lambda: (
             (photos / "024.png").unlink() or (photos / "003.png").rename(photos / "0035.png")
         ),
         "images 24 -> 23": lambda: (photos / "007.png").unlink(),

@@ -505,6 +505,36 @@ def test_a_process_is_lost_for_good(ended, ledger, script):
     enter(ledger, "a process killed, stopped or failed: all end in a minute, cause shown", script, ended)
 
 
+# A loader process is killed, as the kernel does when memory runs out, in the third step.
+ORPHANED = """
+import multiprocessing
+steps = 0
+def heartbeat(*a, real=script.heartbeat):
+    global steps
+    steps += 1
+    if steps == 3 and not os.path.exists("killed"):
+        open("killed", "w").close()
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    return real(*a)
+script.heartbeat = heartbeat
+"""
+
+
+@SCRIPTS
+def test_a_loader_process_is_killed(go, files, ledger, script):
+    """The run ends by itself, says what died, and the same command ends as if nothing had been."""
+    flags = [*files[script], "--workers", "2", "--batch-size", "32"]  # more batches than are fetched ahead
+    flags += ["--pretrain-batch-size", "32"] if script == "lsdc" else []
+    whole = go(script, faulty(script), flags=flags)
+    job = go(script, faulty(script, more=ORPHANED), flags=flags, wait=False).wait(60)
+    problem = (
+        "" if job.code not in (0, None) and "DataLoader worker" in job.err else f"{job.code}: {job.err!r}"
+    )
+    problem = problem or unlike(go(script, faulty(script), folder=job.folder, flags=flags), whole)
+    what = "a loader process killed: the run ends and says so, resumed: bit-identical"
+    ledger(what, script, 1, int(not problem), problem[-500:])
+
+
 # --------------------------------------------------------------------------- another number of processes
 
 # A network without batch norm: deepcluster.py's is over each process's own part of the batch.
@@ -543,7 +573,7 @@ def change(go, script, more=""):
         if job.codes != [143] * job.world:
             return f"exit codes {job.codes}: {job.err[-300:]!r}"
         job = go(script, faulty(script, *fault, more=more), world, job.folder, flags)
-        if len(re.findall(f"(?m)^{world} processes now, {before} before.*$", job.out)) != 1:
+        if len(re.findall(f"(?m)^{world} process(?:es)? now, {before} before.*$", job.out)) != 1:
             return f"not said: {world} processes now, {before} before: {job.out!r}"
     return job if job.codes == [0] else f"exit codes {job.codes}: {job.err[-300:]!r}"
 
