@@ -60,7 +60,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that shows defaults in its help, and says what is wrong in one line, once under torchrun."""
+    """argparse that shows defaults in its help, and says what is wrong in one line, once on a machine."""
 
     def __init__(self, description=None, **more):
         super().__init__(
@@ -69,9 +69,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, *words, **more):
         args = super().parse_args(*words, **more)
-        for name, value in vars(args).items():
-            if value == "":  # such as an unset variable of the shell: --out "$OUT"
-                self.error(f"{name.replace('_', '-')} is empty")
+        for action in self._actions:
+            if getattr(args, action.dest, None) == "":  # an unset variable of the shell: --out "$OUT"
+                self.error(f"{(action.option_strings or [action.dest])[0]} is empty")
         return args
 
     def error(self, message):

@@ -192,9 +192,22 @@ def test_one_line_errors_of_the_command_line(capsys, monkeypatch):
     parser = common.Parser("what it is")
     parser.add_argument("--lr", type=common.number, default=0.5, help="a rate")
     assert parser.parse_args(["--lr", "1e-3"]).lr == 0.001 and "(default: 0.5)" in parser.format_help()
+    parser.add_argument("run", nargs="?", default=".")
+    for words, what in ((["--lr", "1", ""], "run is empty"), (["--out", ""], "--out is empty")):
+        parser.add_argument("--out", default="runs") if words[0] == "--out" else None
+        with pytest.raises(SystemExit):
+            parser.parse_args(words)
+        assert f"error: {what}" in capsys.readouterr().err
     for said, rank in ((1, None), (1, "0"), (0, "1")):
         monkeypatch.setenv("RANK", rank) if rank else monkeypatch.delenv("RANK", raising=False)
-        for words in (["--lr", "nan"], ["--lr", "-inf"], ["--lr", "x"], ["--lr"], ["--l\nr", "1"], ["stray"]):
+        for words in (
+            ["--lr", "nan"],
+            ["--lr", "-inf"],
+            ["--lr", "x"],
+            ["--lr"],
+            ["--l\nr", "1"],
+            ["x", "stray"],
+        ):
             with pytest.raises(SystemExit) as end:
                 parser.parse_args(words)
             err = capsys.readouterr().err
