@@ -7,6 +7,7 @@
     python bench.py --quick                  small sizes, a minute: does everything run?
     python bench.py --only kmeans pca        some rows; names: see --help
     python bench.py --device cuda            on the GPU; also networks at 224 pixels
+    python bench.py --scale                  instead: time and memory as images and clusters grow, and the laws
 
 Prints a table and writes --out (bench.json). What the references are:
 
@@ -14,6 +15,8 @@ Prints a table and writes --out (bench.json). What the references are:
     pca           faiss.PCAMatrix with eigen_power -0.5, trained on the same rows, applied, unit length
     nearest       torch: product and topk, in chunks of queries
     augmentation  torchvision's transforms on PIL images one by one, one thread on both sides
+    files         torchvision's ImageFolder on the same JPEGs (--folder), RandomResizedCrop, mirror, normalise; no
+                  loader processes and one thread on both sides
     training      the same networks on one ready batch: zero_grad, forward, cross-entropy, backward.
                   Ours has everything: fetching and augmenting images, seeds, head, heartbeat, optimisers
     aggregation   Local Aggregation from embeddings to their gradient, against product and topk alone;
@@ -40,8 +43,10 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -222,6 +227,54 @@ def bench_augmentation(device, quick):
         with threads(1):
             seconds = race(ours, reference, device)
         yield row(f"augmentation 32 px, {name}", seconds, aim, images=n * count)
+
+
+def bench_files(device, quick, folder=None):
+    with tempfile.TemporaryDirectory() as made_up:
+        if folder is None:
+            folder = photographs(Path(made_up), 32 if quick else 256)
+        middle = common.IMAGENET_MEAN, common.IMAGENET_STD
+        one_by_one = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(224, (0.08, 1.0)),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(*middle),
+            ]
+        )
+        plain = torchvision.datasets.ImageFolder(folder, one_by_one)
+        n = min(len(plain), 512) // 32 * 32
+        paths = [path for path, _ in plain.samples[:: max(1, len(plain) // n)]][:n]
+        plain.samples = [(path, 0) for path in paths]
+        data = common.Images("files", None, paths, None, [], *middle)
+        loader = common.Loader(data, 32, 224, 256, device, workers=0)
+        names = loader, torch.utils.data.DataLoader(plain, 32, shuffle=True)
+
+        def ours():
+            return sum(len(index) for index, _ in names[0].epoch(0, [common.View()]))
+
+        def reference():
+            return sum(len(images.to(device)) for images, _ in names[1])
+
+        with threads(1):
+            seconds = race(ours, reference, device, rounds=3)
+        yield row(
+            "files: JPEG to 224 px, crop + flip",
+            seconds,
+            "<= 1",
+            images=n,
+            note=f"{n} images of {folder.name}",
+        )
+
+
+def photographs(folder, n):
+    """n JPEG files of 500 x 375 pixels in folder/made-up: smooth noise, about as many bytes as a photograph has."""
+    (folder / "made-up").mkdir()
+    gen = np.random.default_rng(0)
+    for i in range(n):
+        coarse = Image.fromarray(gen.integers(0, 256, (94, 125, 3), dtype=np.uint8))
+        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(folder / "made-up" / f"{i}.jpg", quality=90)
+    return folder
 
 
 def networks(device, quick):
@@ -597,8 +650,9 @@ def bench_memory(device, quick):
            "met": peak <= 2e9, "bytes": peaks, "note": f"{note}; {slope:.0f} bytes an image"}  # fmt: skip
 
 
-ROWS = [bench_kmeans, bench_pca, bench_nearest, bench_augmentation, bench_training, bench_extraction]
+ROWS = [bench_kmeans, bench_pca, bench_nearest, bench_augmentation, bench_files, bench_training]
 ROWS += [
+    bench_extraction,
     bench_aggregation,
     bench_aggregation_training,
     bench_labels,
@@ -609,6 +663,138 @@ ROWS += [
     bench_processes,
     bench_memory,
 ]
+
+# --------------------------------------------------------------------------- as the work grows
+# Each case yields (size, seconds, bytes or None); a law is fitted through them.
+
+
+def scale_kmeans(device, quick):
+    """k-means of N rows of 256 numbers, K = 1000, 20 iterations: what DeepCluster does after PCA."""
+    for n in (1_000, 2_000, 4_000) if quick else (10_000, 30_000, 100_000, 300_000):
+        found = spawn("scale", n, device)
+        yield n, found["seconds"], found["bytes"]
+
+
+def scale_clusters(device, quick):
+    """The same, N = 30,000, as K grows."""
+    x = blobs(2_000 if quick else 30_000, 256, device)
+    for k in (100, 300, 1_000) if quick else (100, 300, 1_000, 3_000, 10_000):
+        yield k, seconds_of(lambda: common.kmeans(x, k, 20), device, 1), None
+
+
+def scale_background(device, quick):
+    """Local Aggregation from embeddings to their gradient, B = 128, D = 128, H = 3, as the bank grows."""
+    v = common.unit(blobs(128, 128, device)).requires_grad_()
+    for n in (10_000, 20_000, 40_000) if quick else (10_000, 30_000, 100_000, 300_000, 1_000_000):
+        bank = common.unit(torch.randn(n, 128, generator=common.generator("bank"))).to(device)
+        clusterings = torch.randint(n // 50, (3, n), generator=common.generator("clusters")).int().to(device)
+        index = torch.arange(128, device=device)
+
+        def step():
+            similarity, ids, _ = local_aggregation.background(v, bank, index, 4096)
+            close = local_aggregation.close_neighbours(clusterings, index, ids)
+            local_aggregation.aggregation_loss(similarity, close, 0.07).mean().backward()
+            local_aggregation.update_bank(bank, index, v)
+
+        yield n, seconds_of(step, device), None
+
+
+KS = 100, 300, 1_000, 3_000, 10_000, 30_000
+
+
+def scale_head(device, quick):
+    """DeepCluster's training step behind its features: head, loss, gradient, SGD; B = 256, D = 4096."""
+    x = blobs(256, 4096, device).requires_grad_()
+    for k in KS[:3] if quick else KS:
+        head, target = deepcluster.make_head(4096, k, 0).to(device), torch.arange(256, device=device) % k
+        optimizer = torch.optim.SGD(head.parameters(), 1e-4, fused=True)
+
+        def step():
+            optimizer.zero_grad()
+            F.cross_entropy(head(x), target).backward()
+            optimizer.step()
+
+        yield k, seconds_of(step, device), None
+
+
+def scale_online(device, quick):
+    """CoKe's training step behind its embeddings: clusters, duals, centres, labels, loss, gradient; B = 256, two views."""
+    x = common.unit(torch.randn(2, 256, 128, generator=common.generator("x"))).to(device).requires_grad_()
+    index, args = torch.arange(256, device=device), coke.options(["--recipe", "imagenet", "--data", "noise"])
+    now = coke.Phase(learn=True, averaging=True, weight=0.5, done=0)
+    for k in KS[:3] if quick else KS:
+        memory = coke.new_memory([k], 128, 10_000, args.label_size, device, "bench")
+
+        def step():
+            labels, shares, _ = coke.cluster(memory, index, x.detach().mean(0), now, args)
+            weight = coke.soft_targets(shares, args.label_temperature)
+            where = memory["previous"], memory["exists"], labels, weight
+            loss_x, loss_p = coke.coke_loss(x, x, *where, args.temperature, args.label_share)
+            (loss_x + loss_p).mean().backward()
+
+        yield k, seconds_of(step, device), None
+
+
+def scale_pairs(device, quick):
+    """LSD-C's training step behind its features: pairs, targets, loss, gradient; B = 256, D = 512, kNN."""
+    z = blobs(256, 512, device)
+    permutations, shares, _ = lsdc.draw_mixture("mixup", 256, 32, np.random.default_rng(0))
+    permutations = permutations.to(device)
+    for k in KS[:3] if quick else KS:
+        logits = torch.randn(3, 256, k, generator=common.generator("logits")).to(device).requires_grad_()
+
+        def step():
+            clean, mixed, other = logits.softmax(-1)
+            similar = lsdc.similar_pairs(z, "knn", 18, 0.9, 0.01, 8.0)
+            loss = lsdc.pair_loss(mixed, clean, lsdc.mixed_targets(similar, permutations, shares))
+            (loss + F.mse_loss(mixed, other)).backward()
+
+        yield k, seconds_of(step, device), None
+
+
+SCALE = [scale_kmeans, scale_clusters, scale_background, scale_head, scale_online, scale_pairs]
+
+
+def seconds_of(work, device, rounds=5):
+    """Median seconds of work(), after one call to warm up if there are several."""
+    found = []
+    for turn in range(-1 if rounds > 1 else 0, rounds):
+        synchronize(device)
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        found += [time.perf_counter() - start] if turn >= 0 else []
+    return median(found)
+
+
+def law(sizes, costs):
+    """(a, b, p): cost = a + b size, fitted to relative errors, and the power p that the last two points follow."""
+    sizes, costs = np.array(sizes, dtype=float), np.array(costs, dtype=float)
+    b, a = np.polyfit(sizes, costs, 1, w=1 / costs)
+    return float(a), float(b), float(np.log(costs[-1] / costs[-2]) / np.log(sizes[-1] / sizes[-2]))
+
+
+def scale(case, device, quick):
+    """One case as a dictionary, for the report, and as lines to print."""
+    name, what = case.__name__.removeprefix("scale_"), case.__doc__.split("\n")[0]
+    lines, points = [f"{name}: {what}"], []
+    for size, seconds, memory in case(device, quick):
+        points.append((size, seconds, memory))
+        lines.append(f"{size:>14,}{seconds:>12.4g} s" + (f"{memory / 1e6:>12,.0f} MB" if memory else ""))
+    sizes, seconds, memory = zip(*points, strict=True)
+    a, b, p = law(sizes, seconds)
+    unit = "an image" if name in ("kmeans", "background") else "a cluster"
+    lines.append(
+        f"    seconds = {a:.3g} + {b:.3g} x {unit[-7:].split()[-1]}s; at the end they grow with the power {p:.2f}"
+    )
+    found = {"name": name, "what": what, "points": points, "seconds": {"constant": a, "each": b, "power": p}}
+    if all(memory):
+        found["bytes"] = dict(zip(("constant", "each", "power"), law(sizes, memory), strict=True))
+        lines.append(
+            f"    memory = {found['bytes']['constant'] / 1e6:.0f} MB + {found['bytes']['each']:.0f} bytes {unit}"
+        )
+    return found, lines
+
 
 # --------------------------------------------------------------------------- in a process of its own
 
@@ -640,6 +826,30 @@ def worker_processes(n, device, rounds=3):
     return {"seconds": seconds}
 
 
+def worker_scale(n, device):
+    """Seconds of k-means of n rows, and how much memory it took beside them."""
+    x = blobs(n, 256, device)
+    common.kmeans(x[:2_000], 100, 2)  # warms up
+    before = peak(device, anew=True)
+    seconds = seconds_of(lambda: common.kmeans(x, min(1_000, n // 4), 20), device, 1)
+    return {"seconds": seconds, "bytes": peak(device) - before}
+
+
+def peak(device, anew=False):
+    """Bytes of memory that this process (or its GPU) has used at most; anew: since now, so what it uses now."""
+    if device.type == "cuda":
+        if anew:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    try:  # not ru_maxrss: on Linux a new process starts with the peak of the one that made it
+        if anew:
+            Path("/proc/self/clear_refs").write_text("5")
+        with open("/proc/self/status") as file:
+            return 1024 * next(int(x.split()[1]) for x in file if x.startswith("VmHWM"))
+    except OSError:  # macOS: bytes, never anew
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def worker_memory(n, device):
     """Peak memory of PCA and k-means with features of 4096 numbers, made from 16 pixels to be quick."""
     loader = common.Loader(synthetic(n, 1, 4, device), 256, 4, 4, device)
@@ -647,29 +857,18 @@ def worker_memory(n, device):
     body.dim = 4096
     z = deepcluster.deep_features(body, loader, 256, 8_192, 0, False)
     common.kmeans(z, 100, 2)
-    if device.type == "cuda":
-        return {"bytes": torch.cuda.max_memory_allocated(device)}
-    try:  # not ru_maxrss: on Linux a new process starts with the peak of the one that made it
-        with open("/proc/self/status") as file:
-            return {"bytes": 1024 * next(int(x.split()[1]) for x in file if x.startswith("VmHWM"))}
-    except OSError:  # macOS: bytes
-        return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    return {"bytes": peak(device)}
 
 
 # --------------------------------------------------------------------------- main
 
 
 def machine(device):
-    """What ran: processor, cores, threads, GPU, versions, and how busy the machine was."""
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            cpu = next((x.split(":")[1].strip() for x in file if x.startswith("model name")), cpu)
+    """What ran: commit, hardware, threads, versions, and how busy the machine was."""
     return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
+        "commit": common.commit(),
+        "hardware": common.hardware(device),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "load": os.getloadavg()[0],
         "versions": {"python": platform.python_version()}
         | {m.__name__: m.__version__ for m in (torch, torchvision, faiss, np)},
@@ -686,14 +885,16 @@ def main():
     p.add_argument("--quick", action="store_true", help="small sizes: shows that everything runs, not how fast")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--out", default="bench.json", help="JSON file with the machine and all rows, written anew")
-    p.add_argument("--worker", choices=["processes", "memory"], help="internal: what a spawned process does")
+    p.add_argument("--scale", action="store_true", help="instead of the rows: what grows with images and clusters, and how")
+    p.add_argument("--folder", type=Path, help="for the row `files`: classes of JPEGs, as ImageFolder wants them; else some are made up")
+    p.add_argument("--worker", choices=["processes", "memory", "scale"], help="internal: what a spawned process does")
     p.add_argument("--images", type=int, default=1000, help="internal: with --worker, number of images")
     # fmt: on
     args = p.parse_args()
     device = common.setup(args.device)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # there is no step to finish first
     if args.worker:
-        work = {"processes": worker_processes, "memory": worker_memory}[args.worker]
+        work = {"processes": worker_processes, "memory": worker_memory, "scale": worker_scale}[args.worker]
         found = work(args.images, device)
         if common.main_process():
             print(json.dumps(found), flush=True)
@@ -710,16 +911,24 @@ def main():
 
     write()
     m = report["machine"]
-    print(f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, GPU: {m['gpu']}")
+    print(f"{m['hardware']}, {m['threads']} threads, commit {m['commit']}")
     print(", ".join(f"{name} {version}" for name, version in m["versions"].items()))
     if m["load"] > 0.5:
         print(f"WARNING: load average {m['load']:.1f}: something else is running, timings mean little")
+    if args.scale:
+        for case in SCALE:
+            found, lines = scale(case, device, args.quick)
+            print("\n" + "\n".join(lines), flush=True)
+            report["rows"].append(found)
+            write()
+        common.leave()
     line = "{:46}{:>15}{:>15}{:>8} {:6}{:>8}  {:4}".format
     print("\n" + line("name", "ours", "reference", "ratio", "of", "aim", "met"))
     for bench in ROWS:
         if bench.__name__.removeprefix("bench_") not in args.only:
             continue
-        for r in bench(device, args.quick):
+        more = {"folder": args.folder} if bench is bench_files else {}
+        for r in bench(device, args.quick, **more):
             met = {True: "yes", False: "NO", None: ""}[r["met"]]
             ratio = f"{r['ratio']:.2f}"
             text = line(r["name"], r["ours"], r["reference"], ratio, r["of"], r["aim"], met)

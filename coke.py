@@ -97,6 +97,7 @@ from common import (
     nearest,
     nmi,
     number,
+    overdue,
     parallel,
     percent,
     progress,
@@ -506,7 +507,7 @@ def train(net, optimizer, loader, memory, epoch, start, steps, sums, now, args):
     own, last = slice(*shard(args.batch_size)), args.epochs * steps
     net.train()
     for step, (index, views) in progress(batches, steps - start, f"epoch {epoch - args.init_epochs + 1}"):
-        index = index.to(loader.device)
+        index = index.to(loader.device, non_blocking=True)
         with torch.set_grad_enabled(now.learn):
             with torch.autocast(loader.device.type, torch.bfloat16, enabled=args.amp):
                 x, p = net(views)  # (V, b, D) float32, unit length
@@ -533,8 +534,8 @@ def train(net, optimizer, loader, memory, epoch, start, steps, sums, now, args):
             optimizer.step()
         sums = [a + b for a, b in zip(sums, means, strict=True)]
         if signal:
-            return step + 1, sums, signal
-    return steps, sums, 0
+            return step + 1, overdue(sums), signal
+    return steps, overdue(sums), 0
 
 
 def end_epoch(memory, now):

@@ -26,10 +26,12 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import secrets
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -450,22 +452,48 @@ def leave_if_asked():
         _exit_now(128 + _signal)
 
 
+LATE = {"cuda"}  # devices on which heartbeat reads a step's numbers one step later
+_underway = None  # a function that waits for those of the last step and returns them
+
+
+def _read_later(values):
+    """Start copying the device's numbers; the function returned waits until they are here."""
+    here, arrived = values.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record()
+    return lambda: arrived.synchronize() or here.tolist()
+
+
 def heartbeat(loss, *others):
     """One small collective per step: (mean loss over the processes, means of the others, signal number or 0).
 
     loss, others: scalar tensors. Every process gets the same answer, so all stop together: with exit
-    code 1 if any loss is NaN or infinite (before the optimiser has touched the weights).
+    code 1 if any loss is NaN or infinite. On the CPU that is before the optimiser has touched the weights. A GPU
+    is never waited for: there the numbers are those of the call before (0 in the first), and overdue()
+    adds the last ones, or stops, before anything is saved.
     """
-    beat = torch.zeros(processes(), 2 + len(others), dtype=torch.float64)
-    values = torch.stack([x.detach().float() for x in (loss, *others)]).tolist()  # waits for the device
+    global _underway
+    values = torch.stack([x.detach().float() for x in (loss, *others)])
+    if values.device.type not in LATE:
+        return _compared(values.tolist())
+    before, _underway = _underway, _read_later(values)
+    return _compared(before() if before else [0.0] * len(values))
+
+
+def overdue(sums):
+    """sums, a list, with the means that heartbeat has not returned yet; at the end of an epoch or of its part."""
+    global _underway
+    before, _underway = _underway, None
+    return [a + b for a, b in zip(sums, _compared(before()), strict=False)] if before else sums
+
+
+def _compared(values):
+    """(means of the values over the processes, the largest signal number), the same everywhere."""
+    beat = torch.zeros(processes(), len(values) + 1, dtype=torch.float64)
     beat[rank()] = torch.tensor([*values, _signal or 0], dtype=torch.float64)
     beat = total(beat)
     means = beat[:, :-1].mean(0).tolist()
     if not math.isfinite(means[0]):
-        refuse(
-            f"the loss is {means[0]}: stopped before the step, the checkpoint is as it was. Lower --lr?",
-            1,
-        )
+        refuse(f"the loss is {means[0]}: stopped, the checkpoint is as it was. Lower --lr?", 1)
     return *means, int(beat[:, -1].max().item())
 
 
@@ -775,7 +803,7 @@ class Loader:
         steps = range(start, self.steps(order) if stop is None else stop)
         if self.data.paths is None:
             for index, rows, turns in map(draw, steps):
-                raw = self.data.pixels[index.to(self.device)]
+                raw = self.data.pixels[index.to(self.device, non_blocking=True)]
                 images = [geometry(raw, v, r, v.size or self.size) for v, r in zip(views, rows, strict=True)]
                 yield index, self._finish(images, views, rows, turns)
             return
@@ -791,12 +819,13 @@ class Loader:
 
         for step, (index, images) in zip(steps, self._files(make, keys()), strict=True):
             _, rows, turns = draw(step)
-            yield index, self._finish([x.float() / 255 for x in images], views, rows, turns)
+            yield index, self._finish([x.float().div_(255) for x in images], views, rows, turns)
         self.check_files()
 
     def _finish(self, images, views, rows, turns):
-        triples = zip(images, views, rows, turns, strict=True)
-        return [(colour(x, v, r.to(self.device), t) - self.mean) / self.std for x, v, r, t in triples]
+        rows = [r.to(self.device, non_blocking=True) for r in rows]
+        quadruples = zip(images, views, rows, turns, strict=True)
+        return [colour(*q).sub_(self.mean).div_(self.std) for q in quadruples]
 
     def fixed(self, index, ten=False, batch_size=None):
         """Yield (index (b,), crops (b, n, C, S, S)) over the given positions, in their order.
@@ -807,8 +836,8 @@ class Loader:
         size = batch_size or max(1, self.batch_size // processes())
         parts = index.split(size) if len(index) else []
         if self.data.paths is None:
-            batches = ((i, self._resized(self.data.pixels[i.to(self.device)])) for i in parts)
-            batches = ((i, fixed_crops(x, self.size, ten)) for i, x in batches)
+            there = ((i, i.to(self.device, non_blocking=True)) for i in parts)
+            batches = ((i, fixed_crops(self._resized(self.data.pixels[j]), self.size, ten)) for i, j in there)
         else:
 
             def make(image, _):
@@ -911,25 +940,24 @@ class View:
 
 
 def crop_boxes(random, height, width, area, ratio):
-    """(b, 4) integer boxes top, left, height, width from (b, 22) numbers in 0..1.
+    """(b, 4) integer boxes top, left, height, width from (b, 22) numbers in 0..1 on the CPU.
 
     torchvision's RandomResizedCrop: ten tries at an area and a log-uniform ratio, the first that
     fits counts; if none does, the largest centred box within the ratios.
     """
-    log_ratio = math.log(ratio[0]) + random[:, 10:20] * math.log(ratio[1] / ratio[0])
-    share = height * width * (area[0] + random[:, :10] * (area[1] - area[0]))
-    w = (share * log_ratio.exp()).sqrt().round()  # (b, 10) tries
-    h = (share / log_ratio.exp()).sqrt().round()
+    random = np.asarray(random, dtype=np.float64)  # numpy: a tenth of torch's time for so few numbers
+    stretch = np.exp((math.log(ratio[0]) + random[:, 10:20] * math.log(ratio[1] / ratio[0])) / 2)
+    side = np.sqrt(height * width * (area[0] + random[:, :10] * (area[1] - area[0])))
+    w, h = np.rint(side * stretch), np.rint(side / stretch)  # (b, 10) tries
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
-    first = fits.int().argmax(1, keepdim=True)
-    w, h, found = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0], fits.any(1)
+    first = np.arange(len(random)), fits.argmax(1)
+    found = fits[first]
     image_ratio = width / height
-    kept_w = width if image_ratio <= ratio[1] else round(height * ratio[1])
-    kept_h = height if image_ratio >= ratio[0] else round(width / ratio[0])
-    w, h = torch.where(found, w, kept_w), torch.where(found, h, kept_h)
-    top = torch.where(found, (random[:, 20] * (height - h + 1)).floor(), ((height - h) / 2).floor())
-    left = torch.where(found, (random[:, 21] * (width - w + 1)).floor(), ((width - w) / 2).floor())
-    return torch.stack([top, left, h, w], 1).long()
+    w = np.where(found, w[first], width if image_ratio <= ratio[1] else round(height * ratio[1]))
+    h = np.where(found, h[first], height if image_ratio >= ratio[0] else round(width / ratio[0]))
+    top = np.where(found, random[:, 20] * (height - h + 1), (height - h) / 2)
+    left = np.where(found, random[:, 21] * (width - w + 1), (width - w) / 2)
+    return torch.from_numpy(np.stack([top, left, h, w], 1).astype(np.int64))  # cut down to whole pixels
 
 
 def view_boxes(view, random, height, width):
@@ -963,14 +991,15 @@ def geometry(pixels, view, random, size):
 
     random (b, RANDOM) lies on the CPU, so that rounding gives the same boxes for every device.
     """
-    images, flip = pixels.float() / 255, (random[:, 22] < view.flip).to(pixels.device)
+    images = pixels.float() / 255
+    flip = (random[:, 22] < view.flip).to(pixels.device, non_blocking=True)
     if view.pad:
         images = F.pad(images, [view.pad] * 4)
         top, left = ((random[:, 20 + i] * (images.shape[2 + i] - size + 1)).floor().long() for i in (0, 1))
         boxes = torch.stack([top, left, torch.full_like(top, size), torch.full_like(top, size)], 1)
     else:
         boxes = view_boxes(view, random, *images.shape[2:])
-    return crop_resize(images, boxes.to(images.device), flip, size)
+    return crop_resize(images, boxes.to(images.device, non_blocking=True), flip, size)
 
 
 def _pil_geometry(image, view, random, size):
@@ -1016,8 +1045,8 @@ def luminance(images):
     """(b, 3, S, S) -> (b, 1, S, S): ITU-R 601 grey; a grey image is its own."""
     if images.shape[1] == 1:
         return images
-    weight = images.new_tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)
-    return (images * weight).sum(1, keepdim=True)
+    r, g, b = images.split(1, 1)
+    return 0.2989 * r + 0.587 * g + 0.114 * b
 
 
 def brightness(images, factor):
@@ -1048,8 +1077,7 @@ def hue(images, shift):
     sector = torch.where(
         top == r, (g - b) / safe, torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
     )
-    turn = images.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)
-    k = (turn + sector + 6 * shift) % 6
+    k = torch.cat([sector + turn + 6 * shift for turn in (5, 3, 1)], 1) % 6  # (b, 3, S, S)
     return top - spread * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -1459,18 +1487,22 @@ def kmeans(x, k, iterations=20, gen=None):
     centroids = x.new_zeros(k, x.shape[1])
     centroids[mine.to(x.device)] = x[(start[mine] - first).to(x.device)]
     centroids = total(centroids)  # each row comes from the one process that owns it
+    own = torch.zeros(k, x.shape[1], dtype=torch.float64, device=x.device)  # sums of this process's rows
     before = None
     for _ in range(iterations):
         leave_if_asked()
         assign = nearest(x, centroids)[1][:, 0]
-        sums = torch.zeros(k, x.shape[1], dtype=torch.float64, device=x.device)
-        for rows, ids in zip(x.split(2048), assign.split(2048), strict=True):
-            sums.index_add_(0, ids, rows.double())
-        moved = (assign != before).sum() if before is not None else torch.tensor(n, device=x.device)
-        counts = torch.cat([torch.bincount(assign, minlength=k), moved[None]])
-        sums, counts, before = total(sums), total(counts), assign
-        counts, moved = counts[:-1], counts[-1]
-        if moved == 0 and counts.min() > 0:  # converged: more iterations would change nothing
+        moved = torch.arange(len(x), device=x.device)
+        moved = moved if before is None else moved[assign != before]
+        for part in moved.split(2048):  # the others are in the sums already
+            rows = x[part].double()
+            own.index_add_(0, assign[part], rows)
+            if before is not None:
+                own.index_add_(0, before[part], rows, alpha=-1)
+        counts = torch.cat([torch.bincount(assign, minlength=k), moved.new_tensor([len(moved)])])
+        sums, counts, before = total(own), total(counts), assign
+        counts, changed = counts[:-1], counts[-1]
+        if changed == 0 and counts.min() > 0:  # converged: more iterations would change nothing
             break
         centroids = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centroids).float()
         split_empty(centroids, counts.double().cpu(), gen)
@@ -1622,6 +1654,25 @@ def though_the_disk_be_full(path):
         print(f"could not write {path} ({_short(error)}); the run goes on", file=sys.stderr, flush=True)
 
 
+def commit():
+    """The short commit of this file's checkout, with "+" if tracked files were changed; None outside of one."""
+    here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 10}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], check=True, **here).stdout.strip()
+        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--"], **here).returncode
+        return f"{name}+" if changed else name
+
+
+def hardware(device):
+    """In words, for logs: the GPUs' name, else the processor's, and how many there are of them on this machine."""
+    if device.type == "cuda":
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
+        name = next(x.split(":")[1].strip() for x in file if x.startswith("model name"))
+    return f"{os.cpu_count()} cores of {name}, no GPU"
+
+
 def what_runs(args, device):
     """Command, all arguments, versions, device and number of processes, for a log's first record."""
     versions = {m.__name__: m.__version__ for m in (torch, torchvision, faiss, np)}
@@ -1629,7 +1680,9 @@ def what_runs(args, device):
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "args": vars(args),
+        "commit": commit(),
         "versions": {"python": sys.version.split()[0], **versions},
+        "hardware": hardware(device),
         "device": name,
         "processes": processes(),
         "threads": torch.get_num_threads(),

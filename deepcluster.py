@@ -78,6 +78,7 @@ from common import (
     nearest,
     nmi,
     number,
+    overdue,
     parallel,
     pca,
     progress,
@@ -368,11 +369,11 @@ def train(body, head, optimizers, loader, order, assign_all, weights, epoch, sta
     batches = enumerate(loader.epoch(epoch, [view], order, start), start)
     for step, (index, (images,)) in progress(batches, steps - start, f"epoch {epoch + 1}"):
         seed_step(args.seed, epoch, step)  # dropout
-        target = assign_all[index].to(images.device)  # (b,) pseudo-labels
+        target = assign_all[index].to(images.device, non_blocking=True)  # (b,) pseudo-labels
         with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
             logits = head(body(images))  # (b, K)
         each = F.cross_entropy(logits.float(), target, reduction="none")  # (b,)
-        loss = (weights[index].to(each.device) * each).mean()
+        loss = (weights[index].to(each.device, non_blocking=True) * each).mean()
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -381,8 +382,8 @@ def train(body, head, optimizers, loader, order, assign_all, weights, epoch, sta
             optimizer.step()
         loss_sum += mean
         if signal:
-            return step + 1, loss_sum, signal
-    return steps, loss_sum, signal
+            return step + 1, *overdue([loss_sum]), signal
+    return steps, *overdue([loss_sum]), signal
 
 
 # --------------------------------------------------------------------------- main

@@ -107,6 +107,7 @@ from common import (
     load_data,
     main_process,
     number,
+    overdue,
     parallel,
     processes,
     progress,
@@ -430,7 +431,7 @@ def batches(loader, order, epoch, args):
     mine = order[: steps * args.batch_size].view(steps, -1)[:, first:last].flatten()
     for step, (index, crops) in enumerate(loader.fixed(mine, batch_size=last - first)):
         random = torch.rand(args.batch_size, 3, generator=generator(args.seed, epoch, step, "crop"))
-        random = random[first:last].to(crops.device)  # (b, 3)
+        random = random[first:last].to(crops.device, non_blocking=True)  # (b, 3)
         yield index, crop_and_flip(crops[:, 0], args.image_size, random, 0.5 * args.flip)
     loader.check_files()
 
@@ -440,7 +441,7 @@ def train(net, pools, probes, optimizer, loader, order, epoch, args):
     steps, loss_sum = len(order) // args.batch_size, 0.0
     walk = enumerate(batches(loader, order, epoch, args))
     for step, (index, images) in progress(walk, steps, f"epoch {epoch + 1}"):
-        target = loader.data.labels[index].to(images.device)  # (b,)
+        target = loader.data.labels[index].to(images.device, non_blocking=True)  # (b,)
         logits = probes(probed(net, images, pools, args.amp))  # (S, W, b, K)
         loss = probe_loss(logits, target)
         for group in optimizer.param_groups:
@@ -455,7 +456,7 @@ def train(net, pools, probes, optimizer, loader, order, epoch, args):
         stop_if(signal)
         optimizer.step()
         loss_sum += mean
-    return loss_sum / steps / logits.shape[:2].numel()
+    return overdue([loss_sum])[0] / steps / logits.shape[:2].numel()
 
 
 def stop_if(signal):
@@ -477,7 +478,7 @@ def tune(model, optimizer, loader, order, epoch, args):
     walk = enumerate(batches(loader, order, epoch, args))
     model.train()
     for step, (index, images) in progress(walk, steps, f"epoch {epoch + 1}"):
-        target = loader.data.labels[index].to(images.device)  # (b,)
+        target = loader.data.labels[index].to(images.device, non_blocking=True)  # (b,)
         seed_step(args.seed, epoch, step)  # dropout
         loss = F.cross_entropy(answer(model, images, args.amp), target)
         for group in optimizer.param_groups:
@@ -488,10 +489,12 @@ def tune(model, optimizer, loader, order, epoch, args):
         _, mean, signal = heartbeat(loss.new_zeros(()), loss)
         stop_if(signal)
         if not math.isfinite(mean):  # on all processes, for it is their mean
+            overdue([])
             return None
         optimizer.step()
         loss_sum += mean
-    return loss_sum / steps
+    loss_sum = overdue([0.0, loss_sum])[1]
+    return loss_sum / steps if math.isfinite(loss_sum) else None
 
 
 @torch.no_grad()
@@ -505,7 +508,7 @@ def accuracies(predict, shape, loader, ids, args, ten=False):
     crops_at_once = max(1, args.batch_size // processes() // (10 if ten else 1))
     for index, crops in loader.fixed(ids[first:last], ten, crops_at_once):
         leave_if_asked()
-        target = loader.data.labels[index].to(crops.device)
+        target = loader.data.labels[index].to(crops.device, non_blocking=True)
         logits = predict(crops.flatten(0, 1))  # (S, W, b * crops, K)
         right += (mean_over_crops(logits, crops.shape[1]).argmax(-1) == target).sum(-1)  # (S, W)
     loader.check_files()

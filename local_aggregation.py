@@ -90,6 +90,7 @@ from common import (
     load_data,
     nmi,
     number,
+    overdue,
     parallel,
     progress,
     refuse,
@@ -358,7 +359,8 @@ def recognise(v, bank, index, epoch, step, args):
         return instance_softmax(v, bank, index, args.temperature)
     gen, (first, last) = generator(args.seed, epoch, step, "noise"), shard(args.batch_size)
     noise = torch.randint(len(bank), (args.batch_size, args.noise), generator=gen)[first:last]
-    return instance_loss(v, bank, index, noise.to(bank.device), args.temperature, Z * len(bank))
+    noise = noise.to(bank.device, non_blocking=True)
+    return instance_loss(v, bank, index, noise, args.temperature, Z * len(bank))
 
 
 def train(net, optimizer, loader, bank, clusterings, epoch, start, end, sums, args):
@@ -370,7 +372,7 @@ def train(net, optimizer, loader, bank, clusterings, epoch, start, end, sums, ar
     batches = enumerate(loader.epoch(epoch, [view], start=start, stop=end), start)
     net.train()
     for step, (index, (images,)) in progress(batches, end - start, f"epoch {epoch + 1}"):
-        index = index.to(bank.device)
+        index = index.to(bank.device, non_blocking=True)
         watched = bank.new_zeros(3).unbind()
         with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
             v = net(images)  # (b, D) float32, unit length from here on
@@ -390,8 +392,8 @@ def train(net, optimizer, loader, bank, clusterings, epoch, start, end, sums, ar
         update_bank(bank, gather(index, equal=True), gather(v, equal=True), args.bank_momentum)
         sums = [a + b for a, b in zip(sums, means, strict=True)]
         if signal:
-            return step + 1, sums, signal
-    return end, sums, 0
+            return step + 1, overdue(sums), signal
+    return end, overdue(sums), 0
 
 
 def validate(queries, test, bank, train):

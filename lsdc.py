@@ -96,6 +96,7 @@ from common import (
     nearest,
     nmi,
     number,
+    overdue,
     parallel,
     percent,
     progress,
@@ -491,7 +492,7 @@ def ricap(images, permutations, cut, corners):
 
 def mixup(images, permutations, shares):
     """sum over m of W_m images[pi_m]: images (B, ..), permutations (M, b), shares (M,) -> (b, ..) [supplementary 1]."""
-    return sum(share * images[who] for who, share in zip(permutations, shares.to(images), strict=True))
+    return sum(share * images[who] for who, share in zip(permutations, shares.tolist(), strict=True))
 
 
 def mixed_targets(similar, permutations, shares):
@@ -537,7 +538,8 @@ def mix(views, epoch, step, args):
     rng = np.random.default_rng(generator(args.seed, epoch, step, "mix").initial_seed())
     permutations, shares, cut = draw_mixture(args.mix, args.batch_size, args.image_size, rng)
     corners = rng.random((2, 4, 2))
-    permutations = permutations[:, slice(*shard(args.batch_size))].to(views[0].device)  # those of our images
+    permutations = permutations[:, slice(*shard(args.batch_size))]  # those of our images
+    permutations = permutations.to(views[0].device, non_blocking=True)
     if args.mix == "none":
         return views, permutations, shares
     views = [gather(images, equal=True) for images in views]  # (B, C, S, S)
@@ -584,8 +586,8 @@ def train(net, optimizer, losses, batches, start, steps, sums, text):
         optimizer.step()
         sums = [a + b for a, b in zip(sums or [0.0] * len(means), means, strict=True)]
         if signal:
-            return step + 1, sums, signal
-    return steps, sums, 0
+            return step + 1, overdue(sums), signal
+    return steps, overdue(sums), 0
 
 
 def losses_of(stage, labels, epoch, args):
@@ -596,7 +598,9 @@ def losses_of(stage, labels, epoch, args):
         return rotation_losses(stage.trained, views[0], args)
 
     def clustering(step, index, views):
-        known = None if labels is None else labels[gather(index.to(labels.device), equal=True)]
+        known = labels
+        if labels is not None:
+            known = labels[gather(index.to(labels.device, non_blocking=True), equal=True)]
         return clustering_losses(stage.trained, views, known, weight, epoch, step, args)
 
     return rotation if stage.name == "rotnet" else clustering
@@ -612,7 +616,7 @@ class Vectors(Loader):
         first, last = shard(self.batch_size)
         for step in range(start, self.steps(order) if stop is None else stop):
             index = order[step * self.batch_size : (step + 1) * self.batch_size][first:last]
-            yield index, [self.data.pixels[index.to(self.device)]] * len(views)
+            yield index, [self.data.pixels[index.to(self.device, non_blocking=True)]] * len(views)
 
     def fixed(self, index, ten=False, batch_size=None):
         for part in index.split(batch_size or self.batch_size) if len(index) else []:
