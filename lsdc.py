@@ -507,7 +507,9 @@ def pair_loss(mixed, clean, target):
     """
     assert target.shape == (len(mixed), len(clean)), target.shape
     same = (mixed @ clean.T).clamp(max=1)  # rounding may lift it above
-    return -(target * (same + 1e-7).log() + (1 - target) * (1 - same + 1e-7).log()).mean()
+    return -torch.lerp(
+        (1 - same + 1e-7).log(), (same + 1e-7).log(), target
+    ).mean()  # from the one to the other by T
 
 
 def ramp(epoch, length):
