@@ -26,7 +26,7 @@ import pytest
 import torch
 from jobs import ROOT, contents, plain, read_log, two_at_once, wait_for, without_times, write_images
 from PIL import Image
-from trust import RUNS
+from trust import RUNS, ordinarily
 
 import common
 
@@ -611,6 +611,7 @@ def results(run):
 @SCRIPTS
 def test_two_runs_on_one_folder(script, go, reference, ledger):
     """The second is refused, with --overwrite, too; the first ends as if alone; when it is killed, the next goes on."""
+    ordinarily(ledger, script, "coke")
     want, tally = results(reference[script].run), Tally()
     moments = [1, 5, 14, 20, 30] if ledger.full else [14]
 
@@ -691,6 +692,7 @@ os._exit(code)
 @SCRIPTS
 def test_full_disks(script, go, reference, tmp_path, ledger):
     """The run goes on, says what it could not save and ends with 1; what was there stays readable and goes on later."""
+    ordinarily(ledger, script, "local_aggregation")
     want, tally = results(reference[script].run), Tally()
     states = {"nothing fits": (0, 0), "full after one checkpoint": (20_000, 1)}
     states |= (
@@ -1088,6 +1090,7 @@ def test_nothing_leaks(script, go, tmp_path, ledger):
 @SCRIPTS
 def test_the_same_again(script, go, tmp_path, ledger):
     """With the same seed, and with 0, 1 or 3 loader workers, every bit is the same; with another seed none need be."""
+    ordinarily(ledger, script, "deepcluster", "lsdc")
     write_images(tmp_path / "photos", 60)
     photos, tally = [*FEW[script], "--data", tmp_path / "photos"], Tally()
     work = {}

@@ -24,7 +24,7 @@ import sklearn.datasets
 import torch
 from jobs import ONE_THREAD, ROOT, plain, read_log, two_at_once, wait_for
 from PIL import Image
-from trust import RUNS
+from trust import RUNS, ordinarily
 
 import common
 
@@ -523,6 +523,7 @@ script.heartbeat = heartbeat
 @SCRIPTS
 def test_a_loader_process_is_killed(go, files, ledger, script):
     """The run ends by itself, says what died, and the same command ends as if nothing had been."""
+    ordinarily(ledger, script, "coke")
     flags = [*files[script], "--workers", "2", "--batch-size", "32"]  # more batches than are fetched ahead
     flags += ["--pretrain-batch-size", "32"] if script == "lsdc" else []
     whole = go(script, faulty(script), flags=flags)

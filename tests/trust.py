@@ -8,6 +8,8 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 LEDGER = ROOT / "results" / "trust.json"
 
@@ -20,6 +22,14 @@ RUNS = {
     "lsdc": "--epochs 2 --k 10 --neighbours 5 --score-every 1 --pretrain rotnet --pretrain-epochs 1 --pretrain-batch-size 128",
 }
 RUNS = {name: f"{SMALL} {flags}".split() for name, flags in RUNS.items()}
+
+
+def ordinarily(ledger, script, *scripts):
+    """Skip the other scripts, unless all is tried: what the test is about is common.py's, the same for all."""
+    if not ledger.full and script not in scripts:
+        pytest.skip(
+            f"only with --full; without it {' and '.join(scripts)} stand for all, as this is common.py's"
+        )
 
 
 class Ledger:
