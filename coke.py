@@ -87,6 +87,7 @@ from common import (
     default_resize,
     extract,
     fill_batch_norm,
+    finite_or_leave,
     gather,
     generator,
     heartbeat,
@@ -581,10 +582,8 @@ def untrained_scores(trunk, loader, judge, args):
         extract(trunk, images, torch.arange(*shard(len(images.data))), args.amp) for images in (loader, judge)
     ]
     k = min(len(loader.data), len(loader.data.classes))
-    try:
+    with finite_or_leave():
         centroids = kmeans(own[0], k, gen=generator(args.seed, "untrained")).centroids
-    except ValueError as error:  # NaN; the same on all processes
-        refuse(f"{error}", 1)
     return label_scores(judge.data.labels, gather(nearest(own[1], centroids)[1][:, 0]).cpu())
 
 

@@ -1398,6 +1398,15 @@ def check_finite(x):
         raise ValueError("the features to cluster hold NaN or infinite values; lower --lr?")
 
 
+@contextlib.contextmanager
+def finite_or_leave():
+    """Features that kmeans, pca or check_finite refuse end the run with one line and code 1, on all processes alike."""
+    try:
+        yield
+    except ValueError as error:
+        refuse(f"{error}", 1)
+
+
 def pca(x, p):
     """Mean (D,) and whitening matrix (D, p) of the rows x (n, D) of all processes: V / sqrt(lambda).
 

@@ -67,6 +67,7 @@ from common import (
     default_data,
     default_resize,
     extract,
+    finite_or_leave,
     gather,
     generator,
     he_init,
@@ -346,14 +347,12 @@ def power_iteration_clustering(ids, distance, sigma=0.2, a=0.001, iterations=200
 
 def cluster(body, loader, args, *key):
     """Pseudo-labels of all images: assign (N,), distance to the centroid (N,) or None, K, objective."""
-    try:
+    with finite_or_leave():
         z = deep_features(body, loader, args.pca, args.pca_sample, args.seed, args.amp)
         if args.clustering == "pic":
             assign = power_iteration_clustering(*neighbour_graph(z))
             return assign, None, int(assign.max()) + 1, None
         found = kmeans(z, args.k, gen=generator(*key, "k-means"))  # a fresh start at every call
-    except ValueError as error:  # NaN; the same on all processes
-        refuse(f"{error}", 1)
     return gather(found.assign).cpu(), gather(found.distance).cpu(), args.k, found.objective
 
 

@@ -79,6 +79,7 @@ from common import (
     default_resize,
     extract,
     fill_batch_norm,
+    finite_or_leave,
     gather,
     generator,
     heartbeat,
@@ -333,10 +334,8 @@ JITTER = {"jitter": (0.4, 0.4, 0.4, 0.4), "grey": 0.2}
 
 def clustering(z, args, *key):
     """k-means of the embeddings z (n, D) of this process, from a start of its own for every key."""
-    try:
+    with finite_or_leave():
         return kmeans(z, args.k, gen=generator(args.seed, *key))
-    except ValueError as error:  # NaN; the same on all processes
-        refuse(f"{error}", 1)
 
 
 def cluster(net, loader, bank, args, *key):

@@ -81,6 +81,7 @@ from common import (
     default_resize,
     extract,
     fill_batch_norm,
+    finite_or_leave,
     gather,
     gather_with_gradient,
     generator,
@@ -687,10 +688,8 @@ def baseline(net, loader, learn, splits, args, name):
     """Scores of k-means on the network's features as they are; centroids from the images to learn from."""
     own = torch.arange(*shard(len(loader.data)))
     z = extract(net.features, loader, own, args.amp)
-    try:
+    with finite_or_leave():
         centroids = kmeans(z[own < learn], args.k, gen=generator(args.seed, name)).centroids
-    except ValueError as error:  # NaN; the same on all processes
-        refuse(f"{error}", 1)
     return scores(loader.data, splits, gather(nearest(z, centroids)[1][:, 0]).cpu())
 
 
