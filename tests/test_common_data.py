@@ -427,3 +427,70 @@ def test_assignments_name_every_file(tmp_path):
     digits = load_data("digits")[1]
     common.save_assignments(tmp_path / "b.csv", digits, torch.arange(360) % 3)
     assert (tmp_path / "b.csv").read_text().split()[:4] == ["image,cluster", "0,0", "1,1", "2,2"]
+
+
+# --------------------------------------------------------------------------- large photographs
+
+
+@pytest.fixture(scope="module")
+def photograph(tmp_path_factory):
+    """A JPEG of 1600 x 1200 pixels whose picture can be told from a reduced one, and the same as PNG."""
+    folder = tmp_path_factory.mktemp("photograph")
+    coarse = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((1600, 1200), Image.Resampling.BICUBIC)
+    image.save(folder / "large.jpg", quality=95)
+    image.save(folder / "large.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "side, size",
+    [(0, (1600, 1200)), (601, (1600, 1200)), (600, (800, 600)), (256, (400, 300)), (9, (200, 150))],
+)
+def test_large_jpegs_are_decoded_smaller_but_not_below_the_side_asked_for(photograph, side, size):
+    image = common.open_image(photograph / "large.jpg", side)
+    assert image.size == size and image.mode == "RGB"
+    whole = common.open_image(photograph / "large.jpg").resize((80, 60), Image.Resampling.BILINEAR)
+    small = image.resize((80, 60), Image.Resampling.BILINEAR)
+    difference = np.abs(np.asarray(whole, dtype=float) - np.asarray(small, dtype=float))
+    assert difference.mean() < 2 and difference.max() < 16
+    assert common.open_image(photograph / "large.png", side).size == (1600, 1200)
+
+
+def test_least_side():
+    half = common.View(
+        (0.5, 1.0), ratio=(0.5, 2.0)
+    )  # the smallest crop: a quarter of the area of a square, at worst
+    assert common.least_side([half], 100) == 200
+    assert common.least_side([half, common.View((0.08, 1.0), size=10)], 100) == 200
+    assert common.least_side([common.View(square=0.5)], 100) == 200
+    assert (
+        common.least_side([half, common.View(pad=4)], 100) == 0
+    )  # it shifts by pixels of the image as it is
+    for view in (half, common.View((0.08, 1.0))):
+        side = common.least_side([view], 100)
+        boxes = common.crop_boxes(torch.rand(20_000, 22), side, side, view.area, view.ratio)
+        assert boxes[:, 2:].min() in (99, 100, 101)  # boxes are whole pixels
+
+
+@pytest.mark.parametrize("kind", ["epoch", "fixed"])
+def test_the_loader_reads_large_jpegs_as_it_does_small_ones(photograph, kind, monkeypatch):
+    """The same crops, up to the decoder's rounding, as if every pixel had been decoded; and it asks for fewer."""
+    paths = [str(photograph / "large.jpg")] * 4
+    data = common.Images("photographs", None, paths, None, [], (0.0,) * 3, (1.0,) * 3)
+    asked, real, found = [], common.open_image, []
+    for reduce in (1, 0):
+
+        def open_image(path, side, reduce=reduce):
+            asked.append(side)
+            return real(path, side * reduce)
+
+        monkeypatch.setattr(common, "open_image", open_image)
+        loader = common.Loader(data, 4, 32, 40, torch.device("cpu"), workers=0)
+        if kind == "epoch":
+            found += [images for _, (images,) in loader.epoch(0, [common.View((0.3, 1.0))])]
+        else:
+            found += [crops for _, crops in loader.fixed(torch.arange(4))]
+    assert set(asked) == ({68} if kind == "epoch" else {80})
+    difference = (found[0] - found[1]).abs()
+    assert 0 < difference.mean() < 0.02
