@@ -29,7 +29,7 @@ What to expect: on digits, 35 s on 2 cores, ACC 93.1, NMI 90.5, ARI 86.6 % of th
 seed 0, 50 s: 79.4, 81.7, 71.6; k-means on the untrained network 63.6, 60.4, 45.4.
 Fashion-MNIST, 10 epochs, seed 0: 65.2, 56.8, 45.9; one view 68.8, 61.6, 51.8; untrained 57.2, 49.3, 37.6.
 A line's "chance" is the loss if all similarities were equal; the first epochs may lie above it. "changed" falls to
-10 %. A head keeps its bound r N / K up to some sqrt(2 N) images (Theorem 1): on digits K = 10 to within ten, while
+10 %. A head keeps its bound r N / K up to some sqrt(2 N) images (Theorem 1): on digits K = 10 to within twelve, while
 clusters of larger heads, whose bound is below sqrt(2 N) = 54, may be almost empty. Which images end up together is
 decided early, and rounding is enough to change it: seeds differ by ten points, and numbers of threads do.
 
@@ -46,7 +46,8 @@ Departs from the paper and the authors' code, on purpose:
     batch; in the code they are buffers that are sent around before every step.
  7. Batch norm sees the whole batch of all processes, on CPUs, too (torch has that for GPUs alone); each view on its
     own, as in the code.
- 8. Similarities and losses are float32, the network in bf16 autocast on CUDA (--no-amp).
+ 8. Similarities and losses are float32, the network in bf16 autocast on CUDA (--no-amp). Outputs shorter than 0.01,
+    of images that are all alike, are not stretched to unit length.
  9. LARS: the rate of a tensor is trust ||w|| / ||g + wd w||, the learning rate outside of the momentum (You et al. 2017
     divide by ||g|| + wd ||w||; the authors' optimiser is not among their files). No weight decay for biases and
     batch norm, with SGD either.

@@ -467,9 +467,9 @@ def heartbeat(loss, *others):
     """One small collective per step: (mean loss over the processes, means of the others, signal number or 0).
 
     loss, others: scalar tensors. Every process gets the same answer, so all stop together: with exit
-    code 1 if any loss is NaN or infinite. On the CPU that is before the optimiser has touched the weights. A GPU
-    is never waited for: there the numbers are those of the call before (0 in the first), and overdue()
-    adds the last ones, or stops, before anything is saved.
+    code 1 if any loss is NaN or infinite. On the CPU that is before the optimiser has touched the weights. A GPU's
+    numbers are those of the call before (0 in the first), so that it always has a step to do; overdue() adds the
+    last ones, or stops, before anything is saved.
     """
     global _underway
     values = torch.stack([x.detach().float() for x in (loss, *others)])
@@ -493,7 +493,7 @@ def _compared(values):
     beat = total(beat)
     means = beat[:, :-1].mean(0).tolist()
     if not math.isfinite(means[0]):
-        refuse(f"the loss is {means[0]}: stopped, the checkpoint is as it was. Lower --lr?", 1)
+        refuse(f"the loss is {means[0]}: stopped, what was saved is as it was. Lower --lr?", 1)
     return *means, int(beat[:, -1].max().item())
 
 
@@ -1488,6 +1488,7 @@ class Clusters:
     centroids: torch.Tensor  # (K, D), the same on all processes
     distance: torch.Tensor  # (n,) squared distance to the own centroid
     objective: float  # mean of the squared distances over all N rows
+    iterations: int  # done; fewer than asked for if nothing changed any more
 
 
 def kmeans(x, k, iterations=20, gen=None):
@@ -1511,9 +1512,10 @@ def kmeans(x, k, iterations=20, gen=None):
     centroids[mine.to(x.device)] = x[(start[mine] - first).to(x.device)]
     centroids = total(centroids)  # each row comes from the one process that owns it
     own = torch.zeros(k, x.shape[1], dtype=torch.float64, device=x.device)  # sums of this process's rows
-    before = None
+    before, done = None, 0
     for _ in range(iterations):
         leave_if_asked()
+        done += 1
         assign = nearest(x, centroids)[1][:, 0]
         moved = torch.arange(len(x), device=x.device)
         moved = moved if before is None else moved[assign != before]
@@ -1531,7 +1533,7 @@ def kmeans(x, k, iterations=20, gen=None):
         split_empty(centroids, counts.double().cpu(), gen)
     distance, assign = nearest(x, centroids)
     objective = total(distance.double().sum()).item() / n
-    return Clusters(assign[:, 0], centroids, distance[:, 0], objective)
+    return Clusters(assign[:, 0], centroids, distance[:, 0], objective, done)
 
 
 def split_empty(centroids, counts, gen, eps=1 / 1024):
@@ -1678,7 +1680,7 @@ def though_the_disk_be_full(path):
 
 
 def commit():
-    """The short commit of this file's checkout, with "+" if tracked files were changed; None outside of one."""
+    """The short commit of the checkout that this file lies in, "+" if tracked files were changed; None without git."""
     here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 10}
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], check=True, **here).stdout.strip()
@@ -1687,7 +1689,7 @@ def commit():
 
 
 def hardware(device):
-    """In words, for logs: the GPUs' name, else the processor's, and how many there are of them on this machine."""
+    """In words, for logs: the GPUs' name, else the processor's, and how many of them this machine shows."""
     if device.type == "cuda":
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
     name = platform.processor() or platform.machine()

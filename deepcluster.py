@@ -38,7 +38,8 @@ Departs from the paper and its code, on purpose:
  9. Deep Dive: kernels, pools and hidden layers of its small AlexNet are not printed (3x3, two 2x2 pools,
     2048 as in its code's AlexNet_Small); --halt-clustering keeps the head, too (its code starts a new one
     every cycle: --reset-head), and the head's SGD has no momentum (its code: the body's).
-10. digits, mnist, cifar100-20 and stl10 have no recipe in either paper: theirs are ours.
+10. digits, mnist, cifar100-20 and stl10 have no recipe in either paper: theirs are ours. ResNet B's linear layers
+    have the AlexNet's dropout (not printed).
 """
 
 import argparse

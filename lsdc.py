@@ -44,7 +44,7 @@ Departs from the paper and the authors' code, on purpose:
     pooling takes what is left. Convolutions start as DeepCluster's.
  7. Vectors have no crops: an image's three views are equal, and the consistency term is 0. What the 25 and 100 of
     the table's Reuters row acted upon is not printed.
- 8. 1 - P is kept at 0 or above where rounding would bring it below.
+ 8. 1 - P is kept at 0 or above where rounding would bring it below. An epoch's last incomplete batch is dropped.
  9. On CUDA, networks run in bf16 autocast (--no-amp); features are compared, and losses computed, in float32.
 10. What the table leaves open for STL-10, MNIST and Reuters is ours, and so are digits, fashionmnist, svhn, photos.
     digits has no RotNet. Crops of data in memory are bilinear without antialiasing.
@@ -507,7 +507,10 @@ def pair_loss(mixed, clean, target):
     mixed (b, K) and clean (B, K) probabilities, target (b, B) in 0..1.
     """
     assert target.shape == (len(mixed), len(clean)), target.shape
-    same = (mixed @ clean.T).clamp(max=1)  # rounding may lift it above
+    same = mixed @ clean.T
+    same = (
+        same - (same - 1).clamp(min=0).detach()
+    )  # rounding may lift it above 1; clamp alone has no gradient there
     return -torch.lerp(
         (1 - same + 1e-7).log(), (same + 1e-7).log(), target
     ).mean()  # from the one to the other by T
