@@ -130,11 +130,11 @@ EXPERIMENTS = [
         ["random-lenet5-as-initialised-fashionmnist-eval.json"], [PLAIN_PROBES]),
     Experiment(DC, FASHION, "deepcluster.py --data fashionmnist" + PROBE, probed("deepcluster-fashionmnist"), [PROBES, KNN, LABELS]),
     Experiment(DC, FASHION, "deepcluster.py --data fashionmnist --k 100" + PROBE, probed("deepcluster-fashionmnist-k100"), [PROBES, KNN, LABELS], BUSY),
-    *(Experiment(DC, FASHION, *grid(k, halt), [PROBES, KNN]) for k, halt in product(KS, HALTS) if (k, halt) != (5, 0)),
+    *(Experiment(DC, FASHION, *grid(k, halt), [PROBES, KNN], BUSY) for k, halt in product(KS, HALTS) if (k, halt) != (5, 0)),
     Experiment(DC, FASHION, "deepcluster.py --data fashionmnist --initial-alignment 10", ["initial-alignment-fashionmnist.jsonl"],
         [Figure(ALIGNMENT.format(5), "initial_alignment", "0.37 to 0.41", NMI)], BUSY),
     Experiment(DC, SMALL, "deepcluster.py --data data/cifar10 --recipe cifar10 --initial-alignment 10", ["initial-alignment-cifar10.jsonl"],
-        [Figure(ALIGNMENT.format(1000), "initial_alignment", "0.065 to 0.085", NMI)]),
+        [Figure(ALIGNMENT.format(1000), "initial_alignment", "0.065 to 0.085", NMI)], BUSY),
     Experiment(LA, DIGITS, "local_aggregation.py", seeds("local_aggregation-digits-la"), [BANK, CROPS, CROPS_BEFORE], BUSY),
     Experiment(IR, DIGITS, "local_aggregation.py --loss ir", seeds("local_aggregation-digits-ir"), [BANK, CROPS], BUSY),
     Experiment(LA, FASHION, "local_aggregation.py --data fashionmnist" + PROBE,
@@ -184,6 +184,7 @@ EXPERIMENTS = [
         for views, flag, paper in (("one view", "1", "72.5"), ("two views", "2", "74.9"), ("two views and six small crops", "multi", "76.4"))),
 ]
 COMMITS = {  # of logs that do not say; the first pattern that fits
+    "d33004d": "initial-alignment-cifar10.jsonl coke-fashionmnist-1-seed2.jsonl coke-digits-multi-seed[12].jsonl deepcluster-fashionmnist-k5-* deepcluster-fashionmnist-k20*",
     "283e469": "deepcluster-digits-seed?.jsonl random-lenet5-as-initialised-*",
     "fe707cd": "deepcluster-fashionmnist.jsonl deepcluster-fashionmnist-eval.json deepcluster-fashionmnist-k100* random-lenet5-fashionmnist-*",
     "814a233": "initial-alignment-fashionmnist.jsonl",
