@@ -149,7 +149,7 @@ EXPERIMENTS = [
     Experiment("CoKe, two views", FASHION, "coke.py --data fashionmnist",
         seeds("coke-fashionmnist", "coke-fashionmnist.jsonl"), [*COKE, HEAD_BEFORE], f"the first two {BUSY}"),
     Experiment("CoKe, one view", FASHION, "coke.py --data fashionmnist --views 1",
-        seeds("coke-fashionmnist-1", "coke-fashionmnist-1.jsonl"), COKE, f"the first {BUSY}"),
+        seeds("coke-fashionmnist-1", "coke-fashionmnist-1.jsonl"), COKE, f"the first and the last {BUSY}"),
     Experiment("CoKe, two views", FASHION, "coke.py --data fashionmnist --epochs 30", ["coke-fashionmnist-30-epochs.jsonl"], COKE, BUSY),
     Experiment("LSD-C, kNN", DIGITS, "lsdc.py", seeds("lsdc-digits"), [TEST, SURE, BEFORE], BUSY + "; 0.8 on an idle machine"),
     Experiment("RotNet, 3 epochs", MNIST, "lsdc.py --data mnist --epochs 1 --out runs/lsdc-mnist-rotnet",
