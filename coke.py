@@ -180,7 +180,7 @@ def options(argv=None):
     g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode files, for each training process; not used for data in memory")
     g.add_argument("--seed", type=int, default=0, help="decides every random number")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast of the network, never of centres and losses; default: on for CUDA")
+    g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast of the network, never of centres and losses; None: on for CUDA")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
     g.add_argument("--out", help="run folder")
     g.add_argument("--overwrite", action="store_true", help="start afresh instead of continuing what is in --out")
@@ -668,7 +668,7 @@ def main():
             untrained = untrained_scores(trunk, loader, judge, args)
 
     net = synchronise(net)
-    trained = parallel(torch.compile(net) if args.compile else net)
+    trained = parallel(net, args.compile)
 
     def save(finished=False):
         """Everything there is to the method's state, and the network on its own."""

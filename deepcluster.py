@@ -409,6 +409,8 @@ def check(args, data):
         refuse(f"--k {args.k} is more than the {len(data)} images of {args.data}")
     if args.batch_size > len(data):
         refuse(f"--batch-size {args.batch_size} is more than the {len(data)} images of {args.data}")
+    if args.clustering == "kmeans" and len(data) < 10 * args.k:
+        say(f"WARNING: --k {args.k} for {len(data)} images is {len(data) / args.k:.3g} in a cluster")
     if args.initial_alignment and data.labels is None:
         refuse("--initial-alignment compares with labels, and this folder has none")
 
@@ -427,7 +429,7 @@ def main():
     trunk, body = make_body(args, data.channels)
     to_device(body, device)
     optimizer = torch.optim.SGD(body.parameters(), args.lr, args.momentum, weight_decay=args.wd, fused=True)
-    trained = parallel(torch.compile(body) if args.compile else body)
+    trained = parallel(body, args.compile)
 
     run = Run(args, data, may_differ=("epochs",))
     if args.initial_alignment:

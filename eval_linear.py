@@ -169,7 +169,7 @@ def options(argv=None):
     g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode files, for each evaluating process; not used for data in memory")
     g.add_argument("--seed", type=int, default=0, help="decides every random number")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    g.add_argument("--amp", action=yes_no, default=later, help="bf16 autocast of the network, not of the classifiers of frozen features; default: on for CUDA")
+    g.add_argument("--amp", action=yes_no, default=later, help="bf16 autocast of the network, not of the classifiers of frozen features; None: on for CUDA")
     g.add_argument("--out", default=later, help="folder for eval_linear-<data>.json (else ..-la.json, ..-coke.json, ..-finetune.json); default: the run folder, beside the file, or runs/eval-random-<arch>-<data>")
     g.add_argument("--max-bad", type=int, default=100, help="unreadable image files to put up with")
     g.add_argument("--resize", type=int, default=later, help="shorter side before cropping, in pixels; default: what the run used, else 256 for 224, no enlargement up to 64")

@@ -152,7 +152,7 @@ def options(argv=None):
     g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode files, for each training process; not used for data in memory")
     g.add_argument("--seed", type=int, default=0, help="decides every random number")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast of the network, never of the bank; default: on for CUDA")
+    g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast of the network, never of the bank; None: on for CUDA")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
     g.add_argument("--out", help="run folder")
     g.add_argument("--overwrite", action="store_true", help="start afresh instead of continuing what is in --out")
@@ -486,7 +486,7 @@ def main():
             untrained = untrained_accuracy(net, loader, test_loader, args)
 
     net = synchronise(net)
-    trained = parallel(torch.compile(net) if args.compile else net)
+    trained = parallel(net, args.compile)
 
     def save(finished=False):
         """Everything there is to the method's state, and the network on its own."""

@@ -191,7 +191,7 @@ def options(argv=None):
     g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode files, for each training process; not used for data in memory")
     g.add_argument("--seed", type=int, default=0, help="decides every random number")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast of the network, never of pairs and losses; default: on for CUDA")
+    g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast of the network, never of pairs and losses; None: on for CUDA")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the network")
     g.add_argument("--out", help="run folder")
     g.add_argument("--overwrite", action="store_true", help="start afresh instead of continuing what is in --out")
@@ -834,7 +834,7 @@ def begin(epoch, rotnet, net, loaders, args):
 
 
 def wrapped(net, args):
-    return parallel(torch.compile(net) if args.compile else net)
+    return parallel(net, args.compile)
 
 
 def rate(stage, number, args):
@@ -1066,7 +1066,10 @@ def warn(record, number, args):
         say("WARNING: RotNet has learnt nothing; more --pretrain-epochs, or a lower --pretrain-lr")
     flag = {"knn": "neighbours", "cosine": "cosine-threshold", "sne": "sne-temperature"}[args.labeling]
     share = record.get("similar", 1 / args.k)
-    if number == 0 and args.k > 1 and not 0.1 / args.k < share < 2 / args.k:
+    few = (
+        0.03 if args.labeling == "knn" else 0.1
+    )  # the paper's three neighbours of 255 are 0.06 / K with its four clusters
+    if number == 0 and args.k > 1 and not few / args.k < share < 2 / args.k:
         say(
             f"WARNING: {share:.2%} of the pairs are similar, and with true labels about {1 / args.k:.0%} would be;"
             f" change --{flag}"

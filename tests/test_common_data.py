@@ -494,3 +494,26 @@ def test_the_loader_reads_large_jpegs_as_it_does_small_ones(photograph, kind, mo
     assert set(asked) == ({68} if kind == "epoch" else {80})
     difference = (found[0] - found[1]).abs()
     assert 0 < difference.mean() < 0.02
+
+
+@pytest.mark.parametrize("n, wanted", [(28, 44), (28, 28), (32, 45), (96, 32), (7, 3), (1, 5)])
+def test_resizing_is_interpolate(n, wanted):
+    x = torch.rand(3, 2, n, 11, generator=common.generator("resizing"))
+    plain = torch.nn.functional.interpolate(
+        x, (wanted, 20), mode="bilinear", align_corners=False, antialias=True
+    )
+    cpu = torch.device("cpu")
+    found = common.resizing(n, wanted, cpu) @ x @ common.resizing(11, 20, cpu).T
+    assert (found - plain).abs().max() < 1e-6
+
+
+def test_fixed_crops_of_memory_leave_the_pixels_alone():
+    """Normalised in place, but never in the data set's own memory, resized or not."""
+    pixels = torch.randint(0, 256, (8, 1, 32, 32), dtype=torch.uint8, generator=common.generator("fixed"))
+    data = common.Images("noise", pixels.clone(), None, None, [], (0.5,), (0.25,))
+    for resize in (32, 40):
+        loader = common.Loader(data, 4, 32, resize, torch.device("cpu"))
+        first, again = (torch.cat([crops for _, crops in loader.fixed(torch.arange(8))]) for _ in range(2))
+        assert torch.equal(first, again) and torch.equal(data.pixels, pixels)
+        if resize == 32:
+            assert torch.allclose(first[:, 0], (pixels / 255 - 0.5) / 0.25, atol=1e-6)
