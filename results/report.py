@@ -378,10 +378,16 @@ def draw(paths, out, named):
         columns.setdefault(title, []).append((name, epochs))
     if not columns:
         stop("no logs to draw")
-    size = {"figsize": (max(4 * len(columns), 6), 9), "dpi": 100, "layout": "constrained"}
-    figure, panels = pyplot.subplots(3, len(columns), squeeze=False, sharex="col", **size)
+    wide, blocks = min(4, len(columns)), -(-len(columns) // 4)
+    size = {"figsize": (max(4 * wide, 6), 9 * blocks), "dpi": 100, "layout": "constrained"}
+    figure, panels = pyplot.subplots(3 * blocks, wide, squeeze=False, **size)
+    for panel in panels[-3:, (len(columns) - 1) % wide + 1 :].flat:  # of the last block
+        panel.set_axis_off()
     for c, (title, runs) in enumerate(columns.items()):
-        for panel, (key, what) in zip(panels[:, c], PANELS.items(), strict=True):
+        block = panels[3 * (c // wide) : 3 * (c // wide) + 3, c % wide]
+        for panel in block[1:]:
+            panel.sharex(block[0])
+        for panel, (key, what) in zip(block, PANELS.items(), strict=True):
             for i, (name, epochs) in enumerate(runs):
                 if xy := curve(epochs, key):
                     style = {"color": f"C{i}", "label": name} if named else {"color": "C0"}
@@ -395,10 +401,10 @@ def draw(paths, out, named):
                 panel.legend(fontsize=9)
             if key != "loss":
                 panel.set_ylim(0, 1.02)
-            panel.set_ylabel(what if c == 0 else "")
+            panel.set_ylabel("" if c % wide else what)
             panel.grid(alpha=0.3)
-        panels[0, c].set_title(title if named else f"{title}, {len(runs)} seeds")
-        panels[2, c].set_xlabel("epoch")
+        block[0].set_title(title if named else f"{title}, {len(runs)} seeds")
+        block[2].set_xlabel("epoch")
     try:
         figure.savefig(out)
         if out.suffix == ".png":
