@@ -3,7 +3,7 @@
     for each row:  warm up both sides; then in turns: ours, reference, ours, reference, ..
                    ratio of the medians, next to what we aim at (see "aim": <= is time, >= is speed)
 
-    python bench.py                          all rows that run here, about 12 minutes on two cores
+    python bench.py                          all rows that run here, 20 minutes on two cores
     python bench.py --quick                  small sizes, a minute: does everything run?
     python bench.py --only kmeans pca        some rows; names: see --help
     python bench.py --device cuda            on the GPU; also networks at 224 pixels

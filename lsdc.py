@@ -508,12 +508,9 @@ def pair_loss(mixed, clean, target):
     """
     assert target.shape == (len(mixed), len(clean)), target.shape
     same = mixed @ clean.T
-    same = (
-        same - (same - 1).clamp(min=0).detach()
-    )  # rounding may lift it above 1; clamp alone has no gradient there
-    return -torch.lerp(
-        (1 - same + 1e-7).log(), (same + 1e-7).log(), target
-    ).mean()  # from the one to the other by T
+    same = same - (same - 1).clamp(min=0).detach()  # rounding lifts some above 1; clamp has no gradient
+    apart, together = (1 - same + 1e-7).log(), (same + 1e-7).log()
+    return -torch.lerp(apart, together, target).mean()  # (1 - T) apart + T together
 
 
 def ramp(epoch, length):
@@ -1066,9 +1063,7 @@ def warn(record, number, args):
         say("WARNING: RotNet has learnt nothing; more --pretrain-epochs, or a lower --pretrain-lr")
     flag = {"knn": "neighbours", "cosine": "cosine-threshold", "sne": "sne-temperature"}[args.labeling]
     share = record.get("similar", 1 / args.k)
-    few = (
-        0.03 if args.labeling == "knn" else 0.1
-    )  # the paper's three neighbours of 255 are 0.06 / K with its four clusters
+    few = 0.03 if args.labeling == "knn" else 0.1  # Reuters: three neighbours of 255 are 0.06 / K
     if number == 0 and args.k > 1 and not few / args.k < share < 2 / args.k:
         say(
             f"WARNING: {share:.2%} of the pairs are similar, and with true labels about {1 / args.k:.0%} would be;"
