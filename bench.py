@@ -246,20 +246,23 @@ def bench_files(device, quick, folder=None):
                 transforms.Normalize(*middle),
             ]
         )
-        plain = torchvision.datasets.ImageFolder(folder, one_by_one)
+        try:
+            plain = torchvision.datasets.ImageFolder(folder, one_by_one)
+        except OSError as error:
+            common.refuse(f"--folder: {error}")
         n = min(len(plain), 512)
         n -= n % 32 if n >= 32 else 0
         paths = [path for path, _ in plain.samples[:: max(1, len(plain) // n)]][:n]
         plain.samples = [(path, 0) for path in paths]
         data = common.Images("files", None, paths, None, [], *middle)
         loader = common.Loader(data, min(32, n), 224, 256, device, workers=0)
-        names = loader, torch.utils.data.DataLoader(plain, min(32, n), shuffle=True)
+        batches = torch.utils.data.DataLoader(plain, min(32, n), shuffle=True)
 
         def ours():
-            return sum(len(index) for index, _ in names[0].epoch(0, [common.View()]))
+            return sum(len(index) for index, _ in loader.epoch(0, [common.View()]))
 
         def reference():
-            return sum(len(images.to(device)) for images, _ in names[1])
+            return sum(len(images.to(device)) for images, _ in batches)
 
         with threads(1):
             seconds = race(ours, reference, device, rounds=3)
@@ -634,9 +637,8 @@ def bench_probes(device, quick):
     for name, sets in (("stages", [decays]), ("classifiers", [[d] for d in decays])):
         seconds = race(ours, lambda: one_after_another(sets), device, rounds=3)
         count = len(features) * len(sets)
-        note = f"the network's forward alone, up to each stage against once: {every / once:.2f}" * (
-            name == "stages"
-        )
+        note = f"the network's forward alone, up to each stage against once: {every / once:.2f}"
+        note *= name == "stages"
         yield row(f"probes: one pass against {count} {name}", seconds, ">= 3", images=n, note=note)
 
 
@@ -645,9 +647,7 @@ def bench_processes(device, quick):
     for _ in range(2):
         for count, seconds in found.items():
             seconds += spawn("processes", n, processes=count)["seconds"]
-        with ThreadPoolExecutor(
-            2
-        ) as pool:  # what the machine allows: two that share nothing, at the same time
+        with ThreadPoolExecutor(2) as pool:  # what the machine allows: two at once that share nothing
             halves = pool.map(lambda _: spawn("processes", n // 2)["seconds"], range(2))
             apart.append(max(sum(seconds) / len(seconds) for seconds in halves))
     seconds = median(found[2]), median(found[1])
@@ -776,14 +776,7 @@ SCALE = [scale_kmeans, scale_clusters, scale_background, scale_head, scale_onlin
 
 def seconds_of(work, device, rounds=5):
     """Median seconds of work(), after one call to warm up if there are several."""
-    found = []
-    for turn in range(-1 if rounds > 1 else 0, rounds):
-        synchronize(device)
-        start = time.perf_counter()
-        work()
-        synchronize(device)
-        found += [time.perf_counter() - start] if turn >= 0 else []
-    return median(found)
+    return race(work, lambda: None, device, rounds, warm_up=rounds > 1)[0]
 
 
 def law(sizes, costs):
@@ -804,7 +797,7 @@ def scale(case, device, quick):
     a, b, p = law(sizes, seconds)
     unit = "an image" if name in ("kmeans", "background") else "a cluster"
     lines.append(
-        f"    seconds = {a:.3g} + {b:.3g} x {unit[-7:].split()[-1]}s; at the end they grow with the power {p:.2f}"
+        f"    seconds = {a:.3g} + {b:.3g} x {unit.split()[1]}s; at the end they grow with the power {p:.2f}"
     )
     found = {"name": name, "what": what, "points": points, "seconds": {"constant": a, "each": b, "power": p}}
     if all(memory):

@@ -116,6 +116,7 @@ from common import (
     synchronise,
     to_device,
     unit,
+    warn_if_few,
     warn_if_trivial,
 )
 
@@ -618,8 +619,7 @@ def check(args, data):
             f" {args.dual_lr * args.ratio / min(args.k):.2g}, and similarities lie in -1..1; try"
             f" {0.01 * min(args.k):g}"
         )
-    if max(args.k) * 10 > n:
-        say(f"WARNING: --k {max(args.k)} for {n} images is {n / max(args.k):.3g} in a cluster")
+    warn_if_few(n, max(args.k))
 
 
 def main():

@@ -98,6 +98,7 @@ from common import (
     stop,
     to_device,
     unit,
+    warn_if_few,
     warn_if_trivial,
     whiten,
 )
@@ -409,8 +410,8 @@ def check(args, data):
         refuse(f"--k {args.k} is more than the {len(data)} images of {args.data}")
     if args.batch_size > len(data):
         refuse(f"--batch-size {args.batch_size} is more than the {len(data)} images of {args.data}")
-    if args.clustering == "kmeans" and len(data) < 10 * args.k:
-        say(f"WARNING: --k {args.k} for {len(data)} images is {len(data) / args.k:.3g} in a cluster")
+    if args.clustering == "kmeans":
+        warn_if_few(len(data), args.k)
     if args.initial_alignment and data.labels is None:
         refuse("--initial-alignment compares with labels, and this folder has none")
 

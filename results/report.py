@@ -302,7 +302,7 @@ def row(folder, e, figure):
     spread = shown(map(stdev, columns), figure.form) if len(numbers) > 1 else ""
     inside = len(numbers) > len(
         here
-    )  # all seeds in one log, of Initial Alignment: the paper speaks of the median
+    )  # all seeds in one log, Initial Alignment's: the paper speaks of the median
     middle += f", median {shown(map(median, columns), figure.form)}" * inside
     took = ", ".join(f"{minutes(read(folder / f.split()[0])[2]):.1f}" for f in here.values())
     took += f"; {e.minutes}" if took and e.minutes else ""

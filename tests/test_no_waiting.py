@@ -43,10 +43,9 @@ class Copies(TorchDispatchMode):
         elif function is torch.ops.aten.copy_.default:
             source, target, waits = args[1], args[0].device.type, not (len(args) > 2 and args[2])
         if function.overloadpacket in INDEXING and args[0].device.type != "cpu":
-            given = [x for x in [*args[1], *args[2:3]] if isinstance(x, torch.Tensor)]
-            self.waiting += [
-                f"{function} by a mask" for x in given if x.dtype == torch.bool and x is not args[-1]
-            ]
+            indices = [x for x in args[1] if x is not None]
+            self.waiting += [f"{function} by a mask" for x in indices if x.dtype == torch.bool]
+            given = [*indices, *args[2:3]]  # index_put's values, too
             self.waiting += [f"{function} with a tensor on the CPU" for x in given if x.device.type == "cpu"]
         if source is not None and source.device.type == "cpu" and target != "cpu":
             self.all += 1

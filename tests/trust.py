@@ -5,10 +5,11 @@ to results/trust.json.
 """
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
+
+import common
 
 ROOT = Path(__file__).resolve().parent.parent
 LEDGER = ROOT / "results" / "trust.json"
@@ -46,9 +47,7 @@ class Ledger:
     def write(self):
         """Into results/trust.json, beside the rows that were not tried this time."""
         old = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        new = {key: {**row, "commit": commit} for key, row in self.rows.items()}
+        new = {key: {**row, "commit": common.commit()} for key, row in self.rows.items()}
         LEDGER.write_text(json.dumps({**old, **new}, indent=1, sort_keys=True) + "\n")
 
 
