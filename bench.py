@@ -51,6 +51,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
+import coke
+import deepcluster
+import eval_linear
+import legacy
+import local_aggregation
+import lsdc
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -60,14 +67,7 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms
 
-import faiss  # isort: skip  (after torch, see common.py)
-
-import coke
-import common
-import deepcluster
-import eval_linear
-import local_aggregation
-import lsdc
+import faiss  # isort: skip  (after torch, see legacy.py)
 
 # --------------------------------------------------------------------------- measuring
 
@@ -121,7 +121,7 @@ def row(name, seconds, aim="<=", images=0, note="", **more):
 
 def blobs(n, d, device, clusters=500):
     """(n, d) float32 rows around random centres that overlap, the same on every call."""
-    gen = common.generator("bench", n, d)
+    gen = legacy.generator("bench", n, d)
     centres = 0.2 * torch.randn(clusters, d, generator=gen)
     x = centres[torch.randint(clusters, (n,), generator=gen)]
     return x.add_(torch.randn(n, d, generator=gen)).to(device)
@@ -129,11 +129,11 @@ def blobs(n, d, device, clusters=500):
 
 def synthetic(n, channels, size, device):
     """n images of noise, in memory, with ten labels."""
-    gen = common.generator("bench images", n, channels, size)
+    gen = legacy.generator("bench images", n, channels, size)
     pixels = torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8, generator=gen)
     labels = torch.randint(10, (n,), generator=gen)
     middle = (0.5,) * channels
-    return common.Images(
+    return legacy.Images(
         "noise", pixels.to(device), None, labels, [str(i) for i in range(10)], middle, middle
     )
 
@@ -147,10 +147,10 @@ def bench_kmeans(device, quick):
     sizes = [(6_000, 84, 100), (5_000, 256, 100)] if quick else [(60_000, 84, 100), (50_000, 256, 1000)]
     for n, d, k in sizes:
         x, last = blobs(n, d, device), {}
-        start = torch.randperm(n, generator=common.generator(0, "kmeans"))[:k]  # where common.kmeans starts
+        start = torch.randperm(n, generator=legacy.generator(0, "kmeans"))[:k]  # where legacy.kmeans starts
 
         def ours():
-            found = common.kmeans(x, k, 20)
+            found = legacy.kmeans(x, k, 20)
             last["ours"], last["our iterations"] = found.objective, found.iterations
 
         rows, first = x.cpu().numpy(), x[start.to(device)].cpu().numpy()
@@ -177,13 +177,13 @@ def bench_pca(device, quick):
         rows = x.cpu().numpy()
 
         def ours():
-            return common.whiten(x, *common.pca(x, 256))
+            return legacy.whiten(x, *legacy.pca(x, 256))
 
         def reference():
             plain = faiss.PCAMatrix(d, 256, -0.5)
             plain.max_points_per_d = n
             plain.train(rows)
-            return common.unit(torch.from_numpy(plain.apply(rows)))
+            return legacy.unit(torch.from_numpy(plain.apply(rows)))
 
         seconds = race(ours, reference, device, rounds, warm_up=rounds > 1)
         yield row(f"pca + whiten N={n} D={d} P=256", seconds)
@@ -191,29 +191,29 @@ def bench_pca(device, quick):
 
 def bench_nearest(device, quick):
     n, queries, d = (5_000, 500, 128) if quick else (50_000, 4_096, 128)
-    keys, q = common.unit(blobs(n, d, device)), common.unit(blobs(queries, d, device))
+    keys, q = legacy.unit(blobs(n, d, device)), legacy.unit(blobs(queries, d, device))
 
     def plain(k):
         return torch.cat([(chunk @ keys.T).topk(k, 1)[1] for chunk in q.split(512)])
 
     for k in (1, 200):
-        seconds = race(lambda: common.nearest(q, keys, k, inner=True), lambda: plain(k), device)
-        same = (common.nearest(q, keys, k, inner=True)[1] == plain(k)).double().mean().item()
+        seconds = race(lambda: legacy.nearest(q, keys, k, inner=True), lambda: plain(k), device)
+        same = (legacy.nearest(q, keys, k, inner=True)[1] == plain(k)).double().mean().item()
         yield row(f"nearest {queries} in {n}, D={d}, k={k}", seconds, note=f"{same:.2%} of the ids agree")
 
 
 def bench_augmentation(device, quick):
     n = 256 if quick else 2_048
     data = synthetic(n, 3, 32, device)
-    loader = common.Loader(data, 256, 32, 32, device)
+    loader = legacy.Loader(data, 256, 32, 32, device)
     pictures = [Image.fromarray(x) for x in data.pixels.cpu().permute(0, 2, 3, 1).numpy()]
     end = [transforms.ToTensor(), transforms.Normalize(data.mean, data.std)]
     crop = [transforms.RandomResizedCrop(32, (0.2, 1.0)), transforms.RandomHorizontalFlip()]
     tint = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
     tint = [transforms.RandomApply([tint], 0.8), transforms.RandomGrayscale(0.2)]
-    simple = common.View((0.2, 1.0)), transforms.Compose([*crop, *end])
+    simple = legacy.View((0.2, 1.0)), transforms.Compose([*crop, *end])
     colourful = (
-        common.View((0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey=0.2),
+        legacy.View((0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey=0.2),
         transforms.Compose([*crop, *tint, *end]),
     )
     cases = [("two views with colour", 2, *colourful, ">= 4"), ("one view, crop + flip", 1, *simple, ">=")]
@@ -237,7 +237,7 @@ def bench_files(device, quick, folder=None):
         where = "made up" if folder is None else f"of {folder.name}"
         if folder is None:
             folder = photographs(Path(made_up), 32 if quick else 256)
-        middle = common.IMAGENET_MEAN, common.IMAGENET_STD
+        middle = legacy.IMAGENET_MEAN, legacy.IMAGENET_STD
         one_by_one = transforms.Compose(
             [
                 transforms.RandomResizedCrop(224, (0.08, 1.0)),
@@ -249,17 +249,17 @@ def bench_files(device, quick, folder=None):
         try:
             plain = torchvision.datasets.ImageFolder(folder, one_by_one)
         except OSError as error:
-            common.refuse(f"--folder: {error}")
+            legacy.refuse(f"--folder: {error}")
         n = min(len(plain), 512)
         n -= n % 32 if n >= 32 else 0
         paths = [path for path, _ in plain.samples[:: max(1, len(plain) // n)]][:n]
         plain.samples = [(path, 0) for path in paths]
-        data = common.Images("files", None, paths, None, [], *middle)
-        loader = common.Loader(data, min(32, n), 224, 256, device, workers=0)
+        data = legacy.Images("files", None, paths, None, [], *middle)
+        loader = legacy.Loader(data, min(32, n), 224, 256, device, workers=0)
         batches = torch.utils.data.DataLoader(plain, min(32, n), shuffle=True)
 
         def ours():
-            return sum(len(index) for index, _ in loader.epoch(0, [common.View()]))
+            return sum(len(index) for index, _ in loader.epoch(0, [legacy.View()]))
 
         def reference():
             return sum(len(images.to(device)) for images, _ in batches)
@@ -292,11 +292,11 @@ def networks(device, quick):
         args = deepcluster.options(["--recipe", recipe, "--data", "noise", "--arch", arch, "--lr", "1e-4"])
         args.amp = device.type == "cuda"
         data = synthetic(args.batch_size * (2 if quick else steps), channels, side, device)
-        loader = common.Loader(data, args.batch_size, args.image_size, args.resize, device)
+        loader = legacy.Loader(data, args.batch_size, args.image_size, args.resize, device)
         body = deepcluster.make_body(args, channels)[1]
         head = deepcluster.make_head(body.dim, args.k, 0)
         name = f"{arch}, {args.image_size} px, B={args.batch_size}"
-        yield name, args, loader, common.to_device(body, device), head.to(device)
+        yield name, args, loader, legacy.to_device(body, device), head.to(device)
 
 
 def bench_training(device, quick):
@@ -307,13 +307,13 @@ def bench_training(device, quick):
             body.parameters(), args.lr, args.momentum, weight_decay=args.wd, fused=True
         )
         optimizers = optimizer, torch.optim.SGD(head.parameters(), args.lr, weight_decay=args.wd, fused=True)
-        view = common.View((args.crop_area, 1.0), flip=0.5 * args.flip)
+        view = legacy.View((args.crop_area, 1.0), flip=0.5 * args.flip)
         index, (images,) = next(loader.epoch(0, [view]))
         target = assign[index].to(device)
         both = nn.Sequential(body, head)
 
         def ours():
-            order = deepcluster.uniform_over_clusters(assign, common.generator("order"))
+            order = deepcluster.uniform_over_clusters(assign, legacy.generator("order"))
             deepcluster.train(body, head, optimizers, loader, order, assign, weights, 0, 0, 0.0, args)
 
         def reference():
@@ -340,7 +340,7 @@ def bench_extraction(device, quick):
                 return torch.cat([body(images).float() for images in batches])
 
         def ours():
-            return common.extract(body, loader, index, args.amp)
+            return legacy.extract(body, loader, index, args.amp)
 
         yield row(f"extraction: {name}", race(ours, reference, device), images=len(index))
 
@@ -349,12 +349,12 @@ def bench_aggregation(device, quick):
     """Local Aggregation without its network: everything from v to its gradient and the bank."""
     b, d, k = 128, 128, 4096
     for n in (20_000,) if quick else (50_000, 1_281_167):
-        bank = common.unit(torch.randn(n, d, generator=common.generator("bank"))).to(device)
-        v = common.unit(blobs(b, d, device)).requires_grad_()
-        index, m = torch.randperm(n, generator=common.generator("index"))[:b].to(device), min(10_000, n // 50)
+        bank = legacy.unit(torch.randn(n, d, generator=legacy.generator("bank"))).to(device)
+        v = legacy.unit(blobs(b, d, device)).requires_grad_()
+        index, m = torch.randperm(n, generator=legacy.generator("index"))[:b].to(device), min(10_000, n // 50)
         h = 3 if n <= 50_000 else 10
-        clusterings = torch.randint(m, (h, n), generator=common.generator("clusters")).int().to(device)
-        noise = torch.randint(n, (b, k), generator=common.generator("noise")).to(device)
+        clusterings = torch.randint(m, (h, n), generator=legacy.generator("clusters")).int().to(device)
+        noise = torch.randint(n, (b, k), generator=legacy.generator("noise")).to(device)
         args = local_aggregation.options(["--batch-size", str(b), "--noise", str(k)])
         args.ir_loss = "softmax" if n <= local_aggregation.EXACT else "nce"
 
@@ -400,14 +400,14 @@ def bench_aggregation_training(device, quick):
         args.amp, b = device.type == "cuda", args.batch_size
         args.ir_loss = "softmax" if n <= local_aggregation.EXACT else "nce"
         data = synthetic(b * steps, channels, args.resize, device)
-        loader = common.Loader(data, b, args.image_size, args.resize, device)
+        loader = legacy.Loader(data, b, args.image_size, args.resize, device)
         _, net = local_aggregation.make_net(args, channels)
-        net = common.to_device(net, device)
+        net = legacy.to_device(net, device)
         groups = local_aggregation.parameter_groups(net, args.wd)
         optimizer = torch.optim.SGD(groups, 1e-4, args.momentum, fused=True)
-        bank = common.unit(torch.randn(n, args.dim, generator=common.generator("bank"))).to(device)
-        clusterings = torch.randint(args.k, (args.clusterings, n), generator=common.generator("clusters"))
-        images = next(loader.epoch(0, [common.View()]))[1][0]
+        bank = legacy.unit(torch.randn(n, args.dim, generator=legacy.generator("bank"))).to(device)
+        clusterings = torch.randint(args.k, (args.clusterings, n), generator=legacy.generator("clusters"))
+        images = next(loader.epoch(0, [legacy.View()]))[1][0]
 
         def reference():
             net.train()
@@ -429,7 +429,7 @@ def bench_aggregation_training(device, quick):
 
 def bench_labels(device, quick):
     n, b, k, slots = (2_000, 128, 100, 5) if quick else (100_000, 1_024, 5_000, 5)
-    gen = common.generator("bench labels")
+    gen = legacy.generator("bench labels")
     labels = torch.randint(k, (n, 1, slots), generator=gen).to(device)
     shares = torch.rand(n, 1, slots, generator=gen) * (torch.rand(n, 1, slots, generator=gen) < 0.7)
     shares[..., 0] += 0.1
@@ -482,8 +482,8 @@ def bench_online(device, quick):
             args = coke.options(["--recipe", recipe, "--data", "noise", "--views", count])
             args.amp, args.batch_size = device.type == "cuda", min(args.batch_size, 128)
             data = synthetic(args.batch_size * steps, channels, args.resize, device)
-            loader = common.Loader(data, args.batch_size, args.image_size, args.resize, device)
-            net = common.to_device(coke.make_net(args, channels)[1], device)
+            loader = legacy.Loader(data, args.batch_size, args.image_size, args.resize, device)
+            net = legacy.to_device(coke.make_net(args, channels)[1], device)
             optimizer = torch.optim.SGD(net.parameters(), 1e-4, args.momentum, fused=True)
             slots = args.label_size if args.first_stage < 1 else 1
             memory = coke.new_memory(args.k, args.dim, len(data), slots, device, "bench")
@@ -509,7 +509,7 @@ def bench_online(device, quick):
 
 def bench_pairs(device, quick):
     b, d, k = (64, 64, 10) if quick else (256, 512, 10)
-    gen, rng = common.generator("bench pairs"), np.random.default_rng(0)
+    gen, rng = legacy.generator("bench pairs"), np.random.default_rng(0)
     z = (torch.randn(k, d, generator=gen).repeat(b // k + 1, 1)[:b] + torch.randn(b, d, generator=gen)).relu()
     z, logits = z.to(device), torch.randn(2, b, k, generator=gen).to(device).requires_grad_()
     permutations, shares, _ = lsdc.draw_mixture("ricap", b, 32, rng)
@@ -565,13 +565,13 @@ def bench_lsdc_training(device, quick):
             b = args.batch_size if device.type == "cuda" else 128 if kind == "clustering" else 32
             args.batch_size = b
             data = synthetic(b * steps, channels, side, device)
-            loader = common.Loader(data, b, args.image_size, args.resize, device)
+            loader = legacy.Loader(data, b, args.image_size, args.resize, device)
             trunk, net = (
-                common.to_device(x, device) for x in lsdc.make_net(args, lsdc.describe(args, data)[0])
+                legacy.to_device(x, device) for x in lsdc.make_net(args, lsdc.describe(args, data)[0])
             )
             rotations = lsdc.RotNet(trunk).to(device)
             stage = lsdc.begin(0, rotations, net, [loader, loader], args)
-            view = common.View((args.crop_area, 1.0), flip=0.5 * args.flip, pad=args.pad)
+            view = legacy.View((args.crop_area, 1.0), flip=0.5 * args.flip, pad=args.pad)
             views = [view] * (3 if kind == "clustering" else 1)
             labels, order = data.labels.to(device), torch.arange(len(data))
             images = next(loader.epoch(0, views))[1]
@@ -595,11 +595,11 @@ def bench_lsdc_training(device, quick):
 
 def bench_probes(device, quick):
     decays, b, n = [1e-3, 1e-4, 1e-5, 1e-6], 128, 128 if quick else 512
-    loader = common.Loader(synthetic(n, 3, 32, device), b, 32, 32, device)
+    loader = legacy.Loader(synthetic(n, 3, 32, device), b, 32, 32, device)
     options = {"batch_size": b, "seed": 0, "image_size": 32, "flip": True, "amp": False, "lr": 0.01}
     options |= {"crops": "centre", "lr_steps": None}
     args, order, labels = argparse.Namespace(**options), torch.arange(n), loader.data.labels.to(device)
-    net = common.backbone("alexnet-small", 3, 32, sobel=True).to(device).eval().requires_grad_(False)
+    net = legacy.backbone("alexnet-small", 3, 32, sobel=True).to(device).eval().requires_grad_(False)
     maps = eval_linear.stage_maps(net, torch.zeros(1, 3, 32, 32, device=device))
     pools = {s: eval_linear.pool_for("alexnet-small", 32, s, *x.shape[1:3]) for s, x in maps.items()}
     features = {s: pools[s](x).numel() for s, x in maps.items()}
@@ -697,15 +697,15 @@ def scale_clusters(device, quick):
     """The same, N = 30,000, as K grows."""
     x = blobs(2_000 if quick else 30_000, 256, device)
     for k in (100, 300, 1_000) if quick else (100, 300, 1_000, 3_000, 10_000):
-        yield k, seconds_of(lambda: common.kmeans(x, k, PASSES - 1), device, 1) / PASSES, None
+        yield k, seconds_of(lambda: legacy.kmeans(x, k, PASSES - 1), device, 1) / PASSES, None
 
 
 def scale_background(device, quick):
     """Local Aggregation from embeddings to their gradient, B = 128, D = 128, H = 3, as the bank grows."""
-    v = common.unit(blobs(128, 128, device)).requires_grad_()
+    v = legacy.unit(blobs(128, 128, device)).requires_grad_()
     for n in (10_000, 20_000, 40_000) if quick else (10_000, 30_000, 100_000, 300_000, 1_000_000):
-        bank = common.unit(torch.randn(n, 128, generator=common.generator("bank"))).to(device)
-        clusterings = torch.randint(n // 50, (3, n), generator=common.generator("clusters")).int().to(device)
+        bank = legacy.unit(torch.randn(n, 128, generator=legacy.generator("bank"))).to(device)
+        clusterings = torch.randint(n // 50, (3, n), generator=legacy.generator("clusters")).int().to(device)
         index = torch.arange(128, device=device)
 
         def step():
@@ -738,7 +738,7 @@ def scale_head(device, quick):
 
 def scale_online(device, quick):
     """CoKe's training step behind its embeddings: clusters, duals, centres, labels, loss, gradient; B = 256, two views."""
-    x = common.unit(torch.randn(2, 256, 128, generator=common.generator("x"))).to(device).requires_grad_()
+    x = legacy.unit(torch.randn(2, 256, 128, generator=legacy.generator("x"))).to(device).requires_grad_()
     index, args = torch.arange(256, device=device), coke.options(["--recipe", "imagenet", "--data", "noise"])
     now = coke.Phase(learn=True, averaging=True, weight=0.5, done=0)
     for k in KS[:3] if quick else KS:
@@ -760,7 +760,7 @@ def scale_pairs(device, quick):
     permutations, shares, _ = lsdc.draw_mixture("mixup", 256, 32, np.random.default_rng(0))
     permutations = permutations.to(device)
     for k in KS[:3] if quick else KS:
-        logits = torch.randn(3, 256, k, generator=common.generator("logits")).to(device).requires_grad_()
+        logits = torch.randn(3, 256, k, generator=legacy.generator("logits")).to(device).requires_grad_()
 
         def step():
             clean, mixed, other = logits.softmax(-1)
@@ -825,13 +825,13 @@ def spawn(work, n, device="cpu", processes=1):
 def worker_processes(n, device, rounds=3):
     """Seconds of k-means on this process's shard of n rows, between barriers."""
     x, seconds = blobs(n, 256, device), []
-    first, last = common.shard(n)
+    first, last = legacy.shard(n)
     x = x[first:last].clone()
     for turn in range(-1, rounds):
         if dist.is_initialized():
             dist.barrier()
         start = time.perf_counter()
-        common.kmeans(x, 500, 3 if turn < 0 else 10)
+        legacy.kmeans(x, 500, 3 if turn < 0 else 10)
         if dist.is_initialized():
             dist.barrier()
         seconds += [time.perf_counter() - start] if turn >= 0 else []
@@ -841,9 +841,9 @@ def worker_processes(n, device, rounds=3):
 def worker_scale(n, device):
     """Seconds of k-means of n rows, and how much memory it took beside them."""
     x = blobs(n, 256, device)
-    common.kmeans(x[:2_000], 100, 2)  # warms up
+    legacy.kmeans(x[:2_000], 100, 2)  # warms up
     before = peak(device, anew=True)
-    seconds = seconds_of(lambda: common.kmeans(x, min(1_000, n // 4), PASSES - 1), device, 1)
+    seconds = seconds_of(lambda: legacy.kmeans(x, min(1_000, n // 4), PASSES - 1), device, 1)
     return {"seconds": seconds / PASSES, "bytes": peak(device) - before}
 
 
@@ -864,11 +864,11 @@ def peak(device, anew=False):
 
 def worker_memory(n, device):
     """Peak memory of PCA and k-means with features of 4096 numbers, made from 16 pixels to be quick."""
-    loader = common.Loader(synthetic(n, 1, 4, device), 256, 4, 4, device)
+    loader = legacy.Loader(synthetic(n, 1, 4, device), 256, 4, 4, device)
     body = nn.Sequential(nn.Flatten(), nn.Linear(16, 4096), nn.ReLU()).to(device)
     body.dim = 4096
     z = deepcluster.deep_features(body, loader, 256, 8_192, 0, False)
-    common.kmeans(z, 100, 2)
+    legacy.kmeans(z, 100, 2)
     return {"bytes": peak(device)}
 
 
@@ -878,8 +878,8 @@ def worker_memory(n, device):
 def machine(device):
     """What ran: commit, hardware, threads, versions, and how busy the machine was."""
     return {
-        "commit": common.commit(),
-        "hardware": common.hardware(device),
+        "commit": legacy.commit(),
+        "hardware": legacy.hardware(device),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "versions": {"python": platform.python_version()}
@@ -903,14 +903,14 @@ def main():
     p.add_argument("--images", type=int, default=1000, help="internal: with --worker, number of images")
     # fmt: on
     args = p.parse_args()
-    device = common.setup(args.device)
+    device = legacy.setup(args.device)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # there is no step to finish first
     if args.worker:
         work = {"processes": worker_processes, "memory": worker_memory, "scale": worker_scale}[args.worker]
         found = work(args.images, device)
-        if common.main_process():
+        if legacy.main_process():
             print(json.dumps(found), flush=True)
-        common.leave()
+        legacy.leave()
 
     report = {"command": " ".join(["bench.py", *sys.argv[1:]]), "machine": machine(device), "rows": []}
 
@@ -919,7 +919,7 @@ def main():
             with open(args.out, "w") as file:
                 json.dump(report, file, indent=1)
         except OSError as error:
-            common.refuse(f"--out {args.out}: cannot write there ({error.strerror})")
+            legacy.refuse(f"--out {args.out}: cannot write there ({error.strerror})")
 
     write()
     m = report["machine"]
@@ -933,7 +933,7 @@ def main():
             print("\n" + "\n".join(lines), flush=True)
             report["rows"].append(found)
             write()
-        common.leave()
+        legacy.leave()
     line = "{:46}{:>15}{:>15}{:>8} {:6}{:>8}  {:4}".format
     print("\n" + line("name", "ours", "reference", "ratio", "of", "aim", "met"))
     for bench in ROWS:
@@ -949,7 +949,7 @@ def main():
             print(text.rstrip() + (f"\n    {r['note']}" if r["note"] else ""), flush=True)
             report["rows"].append(r)
             write()
-    common.leave()
+    legacy.leave()
 
 
 if __name__ == "__main__":

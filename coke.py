@@ -70,11 +70,7 @@ import time
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
-from common import (
+from legacy import (
     ARCHS,
     DATASETS,
     Loader,
@@ -119,6 +115,10 @@ from common import (
     warn_if_few,
     warn_if_trivial,
 )
+
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 # --------------------------------------------------------------------------- recipes and options
 # Data set (or data-views) -> hyper-parameters. Folders: the paper's ImageNet runs (supplementary 2.1, main

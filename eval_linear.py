@@ -81,11 +81,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
-from common import (
+from legacy import (
     ARCHS,
     DATASETS,
     Loader,
@@ -123,6 +119,10 @@ from common import (
     unwritable,
     what_runs,
 )
+
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 # --------------------------------------------------------------------------- recipes and options
 # Data set -> how its probe is trained; folders are "imagenet". resize is for --random alone: a trained

@@ -60,11 +60,7 @@ import math
 import os
 import time
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
-from common import (
+from legacy import (
     ARCHS,
     DATASETS,
     Embedding,
@@ -109,6 +105,10 @@ from common import (
     unit,
     warn_if_trivial,
 )
+
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 # --------------------------------------------------------------------------- recipes and options
 # Data set (or data-arch) -> hyper-parameters. Folders: the paper's ImageNet runs, section 4 and the code's

@@ -60,13 +60,7 @@ import time
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from torch import nn
-
-from common import (
+from legacy import (
     ARCHS,
     DATASETS,
     Images,
@@ -117,6 +111,12 @@ from common import (
     to_device,
     warn_if_trivial,
 )
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import nn
 
 # --------------------------------------------------------------------------- recipes and options
 # Data set -> hyper-parameters. cifar10, cifar100-20, stl10, mnist, reuters: supplementary, table 1, and the code. The

@@ -1,37 +1,21 @@
 """Shared by all tests: the import path, and ways to run a snippet or a script on several processes."""
 
-import json
+import os
 import sys
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 pytest.register_assert_rewrite("jobs")
 
 from jobs import Server, plain  # noqa: E402
-from trust import LEDGER, Ledger, table  # noqa: E402
 
-
-def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="the full count of the tests of trust (an hour)")
-
-
-@pytest.fixture(scope="session")
-def ledger(request):
-    """ledger(what, script, tried, held, note): see trust.py."""
-    full = request.config.getoption("--full")
-    ledger = Ledger(full)
-    yield ledger
-    if full:
-        ledger.write()
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    if config.getoption("--full") and LEDGER.exists():
-        terminalreporter.write_line(table(json.loads(LEDGER.read_text())))
+if "PYTEST_XDIST_WORKER" in os.environ:  # several at once: threads of one would wait for those of another
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

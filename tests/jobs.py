@@ -30,7 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 CODE = """
 import json, os, signal, socket, sys, traceback
-import scipy.linalg, scipy.sparse, sklearn.datasets, sklearn.metrics, torch, torchvision, common
+import common, legacy
+import scipy.linalg, scipy.sparse, sklearn.datasets, sklearn.metrics, torch, torchvision
 def child(job, rank, port):
     os.chdir(job["folder"])
     for number, name in ((0, os.devnull), (1, f"out.{rank}"), (2, f"err.{rank}")):
@@ -154,7 +155,7 @@ def plain(script):
 
 # A script, with a signal to itself at the n-th call of a function.
 TRAP = """
-import os, signal, sys, torch, common, {script}
+import os, signal, sys, torch, legacy, {script}
 def trap(module, name, n, number, torn=False):
     real, calls = getattr(module, name), 0
     def wrapped(*a, **k):

@@ -3,12 +3,6 @@
 import math
 from argparse import Namespace
 
-import numpy as np
-import pytest
-import torch
-from jobs import ROOT, refusal
-from torch import nn
-
 import coke
 from coke import (
     Phase,
@@ -27,6 +21,12 @@ from coke import (
     step_duals,
     stored,
 )
+
+import numpy as np
+import pytest
+import torch
+from jobs import ROOT, refusal
+from torch import nn
 
 SCRIPT = ROOT / "coke.py"
 

@@ -6,13 +6,13 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+import eval_linear
+from legacy import Images, Loader, backbone, load_backbone, load_data, seed_all
+
 import pytest
 import torch
 from jobs import trap
 from torch import nn
-
-import eval_linear
-from common import Images, Loader, backbone, load_backbone, load_data, seed_all
 
 SCRIPT = Path(__file__).resolve().parent.parent / "eval_linear.py"
 CPU = torch.device("cpu")

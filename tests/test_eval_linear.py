@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import eval_linear  # noqa: E402
-from common import Embedding, Images, Loader, backbone, load_data, seed_all  # noqa: E402
+from legacy import Embedding, Images, Loader, backbone, load_data, seed_all  # noqa: E402
 
 CPU = torch.device("cpu")
 

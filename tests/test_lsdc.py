@@ -5,17 +5,9 @@ import math
 from collections import Counter
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-import torch
-import torch.nn.functional as F
-from jobs import ROOT, refusal
-from scipy.special import betainc
-from torch import nn
-
-import common
+import legacy
 import lsdc
-from common import (
+from legacy import (
     Images,
     Loader,
     PoolShortcut,
@@ -56,6 +48,14 @@ from lsdc import (
     splits_of,
     squared_distances,
 )
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from jobs import ROOT, refusal
+from scipy.special import betainc
+from torch import nn
 
 SCRIPT = ROOT / "lsdc.py"
 CPU = torch.device("cpu")
@@ -859,7 +859,7 @@ def test_the_consistency_weight_follows_the_ramp_of_its_own_stage():
     assert weights == pytest.approx([8 * math.exp(-5), 8 * math.exp(-1.25), 8, 8])
 
 
-# --------------------------------------------------------------------------- what common.py has for it
+# --------------------------------------------------------------------------- what legacy.py has for it
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
@@ -963,28 +963,28 @@ def test_older_backbone_files_are_read_as_before(tmp_path):
 
 # A loss between the rows of all processes, and its gradient for rows and for a layer before them.
 PAIRS_OF_ALL = """
-import torch, common
+import torch, legacy
 from torch import nn
-common.setup("cpu")
+legacy.setup("cpu")
 gen = torch.Generator().manual_seed(0)
 x, y = torch.randn(12, 5, generator=gen), torch.randn(12, 5, generator=gen)
 weights = torch.randn(12, 12, generator=gen)
 layer = nn.Linear(5, 4, bias=False)
 with torch.no_grad():
     layer.weight.copy_(torch.randn(4, 5, generator=gen))
-first, last = common.shard(12)
-net = common.parallel(layer)
+first, last = legacy.shard(12)
+net = legacy.parallel(layer)
 clean, mixed = net(torch.cat([x[first:last], y[first:last]])).split(last - first)
 clean.retain_grad()
-everyone = common.gather_with_gradient(clean)
+everyone = legacy.gather_with_gradient(clean)
 pairs = (mixed @ everyone.T).tanh() * weights[first:last]
 loss = pairs.mean()
 loss.backward()
-got = {"everyone": everyone.detach(), "loss": common.total(loss) / common.processes(), "layer": layer.weight.grad}
-got["rows"] = common.gather(clean.grad) / common.processes()
+got = {"everyone": everyone.detach(), "loss": legacy.total(loss) / legacy.processes(), "layer": layer.weight.grad}
+got["rows"] = legacy.gather(clean.grad) / legacy.processes()
 got["needs"] = everyone.requires_grad
-torch.save(got, f"got.{common.processes()}.{common.rank()}")
-common.leave()
+torch.save(got, f"got.{legacy.processes()}.{legacy.rank()}")
+legacy.leave()
 """
 
 
@@ -1496,4 +1496,4 @@ def test_rotnets_batch_counts_with_rotnet_alone():
 
 def test_files_of_the_script_are_swept_by_overwrite():
     """What a run leaves is known to the run folder, so that --overwrite leaves nothing of an earlier one."""
-    assert {"rotnet.pt", "confusion.json", "confusion.png", "backbone.pt"} <= set(common.FILES)
+    assert {"rotnet.pt", "confusion.json", "confusion.png", "backbone.pt"} <= set(legacy.FILES)
