@@ -1,52 +1,52 @@
 """DeepCluster: cluster the features of a network, train the network to predict the clusters, repeat.
 
-Caron et al., Deep Clustering for Unsupervised Learning of Visual Features, ECCV 2018; with the
-options of Mustapha et al., A Deep Dive into Deep Cluster, 2022 ("Deep Dive").
+Caron et al., Deep Clustering for Unsupervised Learning of Visual Features, ECCV 2018; with the options of
+Mustapha et al., A Deep Dive into Deep Cluster, 2022 ("Deep Dive").
 
-    each epoch:  x = body(centre crops)                 (N, D)  features, no gradient
-                 z = unit(whiten(pca(x)))               (N, P)
-                 y = k-means(z)                         (N,)    pseudo-labels, --k
-                 new head; one epoch of cross-entropy(head(body(random crops)), y),
+    each epoch:  x = encoder(center crops)        (N, D)  features, no gradient
+                 z = unit(whiten(x, pca(x)))      (N, P)
+                 assign = k-means(z)              (N,)    pseudo-labels
+                 new head; one epoch of cross-entropy(head(encoder(random crops)), assign),
                  images drawn uniformly over the clusters
 
-Symbols: N images, B batch (--batch-size, over all processes), D feature size, P --pca, K --k.
+Symbols: N images, B batch (--batch-size, over all processes), D feature size, P --pca, K clusters (--k).
 
-    python deepcluster.py                                              laptop: digits, no download, no GPU
-    python deepcluster.py --data fashionmnist                          Deep Dive, 10 minutes on 2 cores
-    python deepcluster.py --data my/photos --k 100 --arch resnet18     a folder of images, no labels needed
-    torchrun --nproc_per_node=8 deepcluster.py --arch vgg16 --k 10000  the paper's ImageNet run (data/imagenet)
+    python deepcluster.py                                            laptop: digits, no download, no GPU
+    python deepcluster.py --data fashionmnist                        Deep Dive, 10 minutes on 2 cores
+    python deepcluster.py --data my/photos --k 100 --arch resnet18   a folder of images, no labels needed
+    torchrun --nproc_per_node=8 deepcluster.py --data data/imagenet --arch vgg16 --k 10000   the paper's run
 
-What to expect: on digits, NMI of clusters and labels goes from 0.617 (untrained) to 0.720 in 40 epochs, 20 s
-on 2 cores. Nothing learnt: the loss stays at ln K. Collapse: one cluster holds most images (a warning is
-printed) and NMI to the previous epoch goes to 0 or jumps to 1.
+What to expect: on digits, NMI of clusters and labels goes from 0.65 (random network) to 0.73 in 40 epochs, 20 s on
+2 cores. Nothing learnt: the loss stays at ln K. Collapse: one cluster holds most images, NMI to the previous epoch
+goes to 0 or jumps to 1. Stopped at any time, the same command goes on after the last epoch.
 
 Departs from the paper and its code, on purpose:
- 1. Images are drawn uniformly over clusters as the paper says; the released code's draws follow the
-    clusters' sizes (it looks ids up in a re-ordered dataset). --balance none comes closest to that.
- 2. An epoch's last incomplete batch is dropped.
- 3. PCA is fitted on --pca-sample images, at most 2^28 numbers in all (65,536 images of 4096 features, 2,674
-    of ResNet-50's map), on all if there are no more (the code: on all); over 8192 columns its axes come
-    from ten power iterations.
- 4. On CUDA, training and features run in bf16 autocast (the paper: float32); --no-amp. k-means is float32.
- 5. The paper trains on one GPU; with several processes every one normalises its own part of a batch, and
-    features are computed with process 0's batch-norm statistics.
- 6. k-means, PCA and whitening run in our own code around faiss's search: sharded, and finite where
-    features are dead. NMI has the geometric mean, as printed in the paper.
- 7. Crops of data in memory are bilinear without antialiasing. ResNets up to 64 pixels: 3x3 stem, no pooling.
- 8. At the end images are clustered once more, also with --halt-clustering: assignments.csv shows the trained
-    network's clusters, not the last pseudo-labels.
- 9. Deep Dive: kernels, pools and hidden layers of its small AlexNet are not printed (3x3, two 2x2 pools,
-    2048 as in its code's AlexNet_Small); --halt-clustering keeps the head, too (its code starts a new one
-    every cycle: --reset-head), and the head's SGD has no momentum (its code: the body's).
-10. digits, mnist, cifar100-20 and stl10 have no recipe in either paper: theirs are ours. ResNet B's linear layers
+ 1. Images are drawn uniformly over clusters as the paper says; the released code's draws follow the clusters' sizes
+    (it looks ids up in a re-ordered dataset). --balance none comes closest to that.
+ 2. An epoch's last incomplete batch is dropped. At the end images are clustered once more, for assignments.csv.
+ 3. PCA is fitted on 65,536 images, or fewer, at most 2^28 numbers in all (the code: on all images); over 8192
+    columns its axes come from ten power iterations. PCA and k-means are sharded, and finite where features are dead.
+ 4. On GPUs, training runs in bf16 autocast (the paper: float32; --no-amp); features, PCA and k-means in float32.
+ 5. On several GPUs batch norm is over all of them (the paper: one GPU); several processes on CPUs each normalize
+    their own part of a batch, and features are computed with process 0's statistics.
+ 6. Crops of data in memory are bilinear without antialiasing. ResNets up to 64 pixels: 3x3 stem, no pooling.
+ 7. Deep Dive: its code trains on center crops (--train-crop center), its text on random ones (ours); it starts a new
+    head in every cycle after halting (--reset-head), ours keeps it; its head has momentum, ours has none. Center
+    crops are cut to whole pixels before they are resized. Its small AlexNet: see PLANS in common.py.
+ 8. digits, mnist, cifar100-20 and stl10 have no recipe in either paper: theirs are ours. ResNet B's linear layers
     have the AlexNet's dropout (not printed).
 """
 
-import argparse
 import math
-import os
 import time
-from statistics import median
+from argparse import BooleanOptionalAction as YesNo
+from pathlib import Path
+
+from common import (  # isort: skip
+    ARCHS, Backbone, Loader, Meter, Run, View, all_gather, all_reduce_sum, autocast, baselines, check_finite,
+    cluster_sizes, error, extract, generator, hardware, he_init, is_main, kmeans, label_scores, load_data, make_parser,
+    nearest, nmi, number, parallel, print_once, save_clusters, save_file, seed_epoch, setup, shard, to_device,
+)  # fmt: skip
 
 import numpy as np
 import torch
@@ -54,202 +54,152 @@ import torch.nn.functional as F
 from scipy import sparse
 from torch import nn
 
-from common import (
-    ARCHS,
-    DATASETS,
-    Loader,
-    Parser,
-    Run,
-    View,
-    backbone,
-    before_leaving,
-    check_finite,
-    cluster_sizes,
-    default_data,
-    default_resize,
-    extract,
-    finite_or_leave,
-    gather,
-    generator,
-    he_init,
-    heartbeat,
-    kmeans,
-    label_scores,
-    leave,
-    load_data,
-    nearest,
-    nmi,
-    number,
-    overdue,
-    parallel,
-    pca,
-    progress,
-    refuse,
-    save_assignments,
-    save_backbone,
-    save_pictures,
-    say,
-    seed_all,
-    seed_step,
-    setup,
-    shaped,
-    shard,
-    share_buffers,
-    stop,
-    to_device,
-    unit,
-    warn_if_few,
-    warn_if_trivial,
-    whiten,
-)
-
-# --------------------------------------------------------------------------- recipes and options
+# %% recipes and options
 # Data set (or data-arch) -> the hyper-parameters of the paper that used it. Flags override.
 
+CARON = {  # 3.4
+    "arch": "alexnet", "sobel": True, "epochs": 500, "batch_size": 256, "lr": 0.05, "wd": 1e-5, "momentum": 0.9,
+    "pca": 256, "image_size": 224, "center_fraction": 0.875,
+}  # fmt: skip
+DEEP_DIVE = {  # Table 1 and section 3.3; center_fraction is the code's
+    "arch": "alexnet-small", "sobel": True, "epochs": 100, "batch_size": 64, "lr": 0.1, "wd": 1e-3, "momentum": 0.9,
+    "pca": 256, "image_size": 32, "center_fraction": 0.73,
+}  # fmt: skip
+LENET = {"arch": "lenet5", "sobel": False, "batch_size": 128, "momentum": 0.1, "pca": 0, "epochs": 50}
 RECIPES = {
-    "imagenet": {  # Caron et al. 3.4
-        "arch": "alexnet", "sobel": True, "k": 10000, "epochs": 500, "batch_size": 256, "lr": 0.05, "wd": 1e-5,
-        "momentum": 0.9, "pca": 256, "image_size": 224,
-    },
-    "fashionmnist": {  # Deep Dive, Table 1 and section 3.3; resize here and below is the code's
-        "arch": "lenet5", "sobel": False, "k": 5, "epochs": 50, "batch_size": 128, "lr": 0.1, "wd": 1e-3,
-        "momentum": 0.1, "pca": 0, "image_size": 32, "resize": 44,
-    },
-    "svhn": {
-        "arch": "alexnet-small", "sobel": True, "k": 200, "epochs": 100, "batch_size": 64, "lr": 0.1, "wd": 1e-3,
-        "momentum": 0.5, "pca": 256, "image_size": 32, "resize": 44,
-    },
-    "cifar10": {
-        "arch": "alexnet-small", "sobel": True, "k": 1000, "epochs": 100, "batch_size": 64, "lr": 0.1, "wd": 1e-3,
-        "momentum": 0.9, "pca": 256, "image_size": 32, "resize": 45,
-    },
-    "cifar10-alexnet": {  # Deep Dive, appendix A
-        "arch": "alexnet", "sobel": True, "k": 2000, "epochs": 100, "batch_size": 256, "lr": 0.05, "wd": 1e-5,
-        "momentum": 0.9, "pca": 256, "image_size": 224,
-    },
-    "digits": {  # ours
-        "arch": "lenet5", "sobel": False, "k": 30, "epochs": 40, "batch_size": 64, "lr": 0.1, "wd": 1e-5,
-        "momentum": 0.9, "pca": 60, "image_size": 32, "crop_area": 0.7, "flip": False,
+    "imagenet": {**CARON, "k": 10000},  # and folders
+    "fashionmnist": {**DEEP_DIVE, **LENET, "k": 5},
+    "svhn": {**DEEP_DIVE, "k": 200, "momentum": 0.5},
+    "cifar10": {**DEEP_DIVE, "k": 1000},
+    "cifar10-alexnet": {**CARON, "k": 2000, "epochs": 100},  # Deep Dive, appendix A
+    "cifar100-20": {**DEEP_DIVE, "k": 1000, "center_fraction": 1.0},  # from here on ours
+    "stl10": {**DEEP_DIVE, "k": 1000, "center_fraction": 1.0},
+    "mnist": {**DEEP_DIVE, **LENET, "k": 10, "flip": False, "center_fraction": 1.0},
+    "digits": {
+        "arch": "lenet5", "sobel": False, "epochs": 40, "batch_size": 64, "lr": 0.1, "wd": 1e-5, "momentum": 0.9,
+        "pca": 60, "image_size": 32, "center_fraction": 1.0, "k": 30, "crop_area": 0.7, "flip": False,
     },
 }  # fmt: skip
-RECIPES["mnist"] = {**RECIPES["fashionmnist"], "k": 10, "flip": False, "resize": 32}
-RECIPES["cifar100-20"] = RECIPES["stl10"] = {**RECIPES["cifar10"], "resize": 32}
 
 
 def options(argv=None):
-    """The command line as a namespace; unknown or impossible values end with exit code 2."""
-    p = Parser("DeepCluster (Caron et al. 2018)")
+    """The command line as a namespace."""
+    p = make_parser("DeepCluster (Caron et al. 2018)")
     # fmt: off
-    g = p.add_argument_group("shared by all scripts")
-    g.add_argument("--data", default=default_data(), help=f"{', '.join(DATASETS)}, or a folder of images: train/ and val/, one folder per class, or unlabelled")
-    g.add_argument("--root", default="data", help="where named data sets lie or are downloaded to")
+    g = p.add_argument_group("training")
+    g.add_argument("--recipe", choices=sorted(RECIPES), help="whose defaults to take; None: those of --data")
     g.add_argument("--arch", choices=ARCHS, help="network")
-    g.add_argument("--k", type=int, help="clusters; some over-clustering helps [4.1]; not used by pic")
-    g.add_argument("--epochs", type=int, help="passes over the data; a longer run may continue a finished one")
-    g.add_argument("--batch-size", type=int, help="images per step, over all processes [3.4]")
-    g.add_argument("--lr", type=number, help="learning rate, constant [3.4]")
-    g.add_argument("--wd", type=number, help="weight decay of body and head [3.4]")
-    g.add_argument("--image-size", type=int, help="side of the square the network sees, in pixels [3.4, code]")
-    g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode files, for each training process; not used for data in memory")
-    g.add_argument("--seed", type=int, default=0, help="decides every random number")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast; None: on for CUDA")
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the body")
-    g.add_argument("--out", help="run folder")
-    g.add_argument("--overwrite", action="store_true", help="start afresh instead of continuing what is in --out")
-    g.add_argument("--save-every", type=int, default=1, help="epochs between checkpoints; a signal saves at once")
-    g.add_argument("--max-bad", type=int, default=100, help="unreadable image files to put up with")
-    g.add_argument("--recipe", choices=sorted(RECIPES), help="whose defaults to take")
-    g.add_argument("--resize", type=int, help="shorter side before the centre crop, in pixels [3.4, code]")
+    g.add_argument("--epochs", type=number(int, 1), help="passes over the data; a longer run may continue a finished one")
+    g.add_argument("--batch-size", type=number(int, 2), help="images per step, over all processes [3.4]")
+    g.add_argument("--lr", type=number(float, 0), help="learning rate, constant [3.4]")
+    g.add_argument("--wd", type=number(float, 0), help="weight decay of encoder and head [3.4]")
+    g.add_argument("--momentum", type=number(float, 0, 1), help="of the encoder's SGD; the head has none [3.4, code]")
+    g.add_argument("--image-size", type=number(int, 1, 4096), help="side of the square the network sees, in pixels [3.4, code]")
+    g.add_argument("--center-fraction", type=number(float, 0.01, 1), help="share of the shorter side that a center crop keeps; 0.875: 224 of 256 pixels [3.4, code]")
+    g.add_argument("--train-crop", choices=["random", "center"], default="random", help="center: train on the crops that are clustered, flipped at random [Deep Dive, code]")
+    g.add_argument("--crop-area", type=number(float, 0.001, 1), default=0.08, help="smallest share of the image that a random crop keeps [3.4, code]")
+    g.add_argument("--flip", action=YesNo, default=True, help="flip half of the training images horizontally [3.4]")
+    g.add_argument("--dropout", type=number(float, 0, 0.99), default=0.5, help="of the hidden linear layers [3.4]")
+    g.add_argument("--sobel", action=YesNo, help="filter images by Sobel's operator, without color [3.4]")
+    g.add_argument("--resnet-head", choices=["A", "B"], help="A: K-way layer on the flattened map; B: two 4096 layers before it; None: B for resnet18, A for resnet50 [Local Aggregation, supplementary 2.2]")
     g = p.add_argument_group("DeepCluster")
+    g.add_argument("--k", type=number(int, 1), help="clusters; some over-clustering helps [4.1]; not used by pic")
     g.add_argument("--clustering", choices=["kmeans", "pic"], default="kmeans", help="pic: power iteration clustering, which finds K itself [3.2, supplementary]")
-    g.add_argument("--pca", type=int, help="dimensions kept and whitened before clustering, at most D; 0: none, unit length only [3.4]")
-    g.add_argument("--pca-sample", type=int, default=65536, help="images PCA is fitted on where there are more; cut to 2^28 numbers in all (65,536 images of 4096 features)")
+    g.add_argument("--pca", type=number(int, 0), help="dimensions kept and whitened before clustering; 0: none, unit length only [3.4]")
     g.add_argument("--balance", choices=["uniform", "loss", "none"], default="uniform", help="draw uniformly over clusters, weight the loss by 1/size instead, or neither [3.3]")
-    g.add_argument("--reassign", type=int, default=1, help="epochs of training per clustering [3.4]")
-    g.add_argument("--halt-clustering", type=int, default=0, metavar="H", help="cluster in the first H epochs only, then keep labels and head; 0: never halt [Deep Dive 4.2]")
-    g.add_argument("--reset-head", action=argparse.BooleanOptionalAction, default=False, help="with --halt-clustering: a new head every epoch all the same [Deep Dive, code]")
-    g.add_argument("--initial-alignment", type=int, default=0, metavar="S", help="print NMI(labels, clusters of the untrained network) for S seeds and stop [Deep Dive 4.1.1]")
-    g.add_argument("--sobel", action=argparse.BooleanOptionalAction, help="filter images by Sobel's operator, without colour [3.4]")
-    g.add_argument("--momentum", type=number, help="of the body's SGD; the head has none [3.4, code]")
-    g.add_argument("--dropout", type=number, default=0.5, help="before the hidden linear layers of the AlexNets and ResNet B, between those of vgg16 [3.4]")
-    g.add_argument("--resnet-head", choices=["auto", "A", "B"], default="auto", help="A: K-way layer on the flattened map; B: two 4096 layers before it; auto: B for resnet18, A for resnet50 [Local Aggregation, supplementary 2.2]")
-    g.add_argument("--crop-area", type=number, default=0.08, help="smallest share of the image a random crop keeps, 0..1 [3.4, code]")
-    g.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the training images [3.4]")
+    g.add_argument("--reassign", type=number(int, 1), default=1, help="epochs of training per clustering [3.4]")
+    g.add_argument("--halt-clustering", type=number(int, 0), default=0, metavar="H", help="cluster in the first H epochs only, then keep labels and head; 0: never halt [Deep Dive 4.2]")
+    g.add_argument("--reset-head", action=YesNo, default=False, help="with --halt-clustering: a new head every epoch all the same [Deep Dive, code]")
+    g.add_argument("--initial-alignment", type=number(int, 0), default=0, metavar="S", help="print NMI(labels, clusters of the random network) for S seeds and stop [Deep Dive 4.1.1]")
     # fmt: on
-    # What the other defaults hang on is looked at first, so that --help shows the values that would run.
-    peek = Parser(add_help=False)
-    for flag, default in (("--data", default_data()), ("--arch", None), ("--recipe", None)):
-        peek.add_argument(flag, default=default)
-    for flag in ("--image-size", "--initial-alignment"):
-        peek.add_argument(flag, type=int)
-    first = peek.parse_known_args(argv)[0]
-    named = (first.recipe, f"{first.data}-{first.arch}", first.data)
-    recipe = next((r for r in named if r in RECIPES), "imagenet")
-    size = first.image_size or RECIPES[recipe]["image_size"]
-    out = f"runs/deepcluster-{os.path.basename(os.path.normpath(first.data))}"
-    out += "-initial-alignment" if first.initial_alignment else ""
-    p.set_defaults(out=out, **{**RECIPES[recipe], "recipe": recipe})
-    if size != RECIPES[recipe]["image_size"] or "resize" not in RECIPES[recipe]:
-        p.set_defaults(resize=default_resize(size))
+    known, _ = p.parse_known_args(argv)
+    names = (known.recipe, f"{known.data}-{known.arch}", known.data, "imagenet")
+    p.set_defaults(**RECIPES[next(name for name in names if name in RECIPES)])
+    p.add_argument("-h", "--help", action="help", help="show this, with the defaults of --data or --recipe")
     args = p.parse_args(argv)
-    if args.resnet_head == "auto":
-        args.resnet_head = "B" if args.arch == "resnet18" else "A"
-    if args.arch == "resnet50" and args.resnet_head == "B":
-        p.error(
-            "--resnet-head B: ResNet-50 becomes trivial at its third epoch [Local Aggregation, suppl. 2.2]"
-        )
-    counts = ("k", "epochs", "batch_size", "image_size", "save_every", "reassign", "pca_sample")
-    for name in (*counts, "workers", "pca", "halt_clustering", "initial_alignment", "max_bad"):
-        if getattr(args, name) < (name in counts):
-            p.error(f"--{name.replace('_', '-')} must be at least {int(name in counts)}")
-    if not (args.lr >= 0 and args.wd >= 0 and 0 <= args.momentum < 1 and 0 <= args.dropout < 1):
-        p.error("--lr and --wd must be at least 0, --momentum and --dropout in 0..1 (1 excluded)")
-    if not 0 < args.crop_area <= 1:
-        p.error("--crop-area must lie in 0..1")
-    if args.resize > 16384:
-        p.error("--resize and --image-size must be at most 16384")
-    if args.resize < args.image_size:
-        p.error(f"--resize {args.resize} is smaller than --image-size {args.image_size}")
+    if args.reset_head and not args.halt_clustering:
+        p.error("--reset-head is for --halt-clustering: before that, every epoch has a new head anyway")
+    args.out = args.out or f"runs/deepcluster-{Path(args.data).resolve().name}"
+    args.resnet_head = args.resnet_head or ("B" if args.arch == "resnet18" else "A")
     return args
 
 
-# --------------------------------------------------------------------------- network
+# %% network
 
 
-def make_body(args, channels):
-    """(trunk, body): images (B, C, S, S) -> the features (B, D) that are clustered.
+def make_encoder(args, channels):
+    """(backbone, encoder): images (B, C, S, S) -> the features (B, D) that are clustered.
 
-    alexnet, vgg16, lenet5: the last hidden linear layer before its ReLU, body and trunk are one.
+    alexnet, vgg16, lenet5: the last hidden linear layer before its ReLU; encoder and backbone are one.
     ResNet A: the flattened last map; ResNet B: two linear layers of 4096 on top of it.
     """
-    trunk = backbone(args.arch, channels, args.image_size, args.sobel, args.dropout)
+    backbone = Backbone(args.arch, channels, args.image_size, args.sobel, args.dropout)
     if not args.arch.startswith("resnet") or args.resnet_head == "A":
-        return trunk, trunk
-    hidden = [nn.Dropout(args.dropout), nn.Linear(trunk.dim, 4096), nn.ReLU(inplace=True)]
+        return backbone, backbone
+    if args.arch == "resnet50":
+        print_once(
+            "WARNING: ResNet-50 with head B collapses in its third epoch [Local Aggregation, suppl. 2.2]"
+        )
+    hidden = [nn.Dropout(args.dropout), nn.Linear(backbone.dim, 4096), nn.ReLU(inplace=True)]
     hidden = nn.Sequential(*hidden, nn.Dropout(args.dropout), nn.Linear(4096, 4096))
     he_init(hidden)
-    body = nn.Sequential(trunk, hidden)
-    body.dim = 4096
-    return trunk, body
+    encoder = nn.Sequential(backbone, hidden)
+    encoder.dim = 4096
+    return backbone, encoder
 
 
-def make_head(dim, k, *key):
-    """ReLU and a linear layer to K logits, N(0, 0.01) weights and bias 0, drawn by the key."""
+def make_head(dim, k, gen):
+    """ReLU and a linear layer to K logits, N(0, 0.01) weights and bias 0."""
     head = nn.Sequential(nn.ReLU(), nn.Linear(dim, k))
-    nn.init.normal_(head[1].weight, 0, 0.01, generator=generator(*key, "head"))
+    nn.init.normal_(head[1].weight, 0, 0.01, generator=gen)
     nn.init.zeros_(head[1].bias)
     return head
 
 
-# --------------------------------------------------------------------------- the algorithm
+# %% the algorithm, with all_reduce_sum, check_finite, is_main, nearest of common.py (one process: nothing to set up)
+
+
+def pca(x, p, gen):
+    """Mean (D,) and whitening matrix V / sqrt(lambda) (D, P) of the rows x (n, D) of all processes [3.4].
+
+    P = min(p, D). In double precision; eigenvalues are floored at 1e-6 of the largest, so dead features and few rows
+    stay finite. Over 8192 columns V comes from ten power iterations, whose start `gen` draws.
+    """
+    check_finite(x)
+    d, p, double = x.shape[1], min(p, x.shape[1]), {"dtype": torch.float64, "device": x.device}
+    n = all_reduce_sum(torch.tensor(float(len(x)), **double))
+    mean = all_reduce_sum(x.sum(0, dtype=torch.float64)) / n
+
+    def covariance_times(q=None):
+        result = torch.zeros(d, d if q is None else q.shape[1], **double)
+        for rows in x.split(4096):
+            rows = rows.double() - mean
+            result += rows.T @ (rows if q is None else rows @ q)
+        return all_reduce_sum(result) / n
+
+    if d <= 8192:
+        values, axes = torch.linalg.eigh(covariance_times())
+    else:
+        q = torch.randn(d, p + 32, generator=gen).to(**double)
+        for _ in range(10):
+            q = torch.linalg.qr(covariance_times(q))[0]
+        values, small = torch.linalg.eigh(q.T @ covariance_times(q))
+        axes = q @ small
+    values, axes = values[-p:].flip(0), axes[:, -p:].flip(1)
+    axes = axes / values.clamp(min=1e-6 * values[0] + 1e-12).sqrt()
+    return mean.float(), all_reduce_sum(axes * is_main()).float()  # of unlike machines, process 0's
+
+
+def whiten(x, mean, axes):
+    """Unit rows of z = V^T (x - mean) / sqrt(lambda): (n, D) -> (n, P)."""
+    return F.normalize((x - mean) @ axes, dim=1)
 
 
 def uniform_over_clusters(assign, gen):
     """An epoch's images (N,), drawn uniformly over the clusters that have any [3.3].
 
-    assign (N,) int64 -> positions (N,): floor(N/K') + 1 from each of the K' non-empty clusters, with
-    replacement where a cluster is smaller, shuffled and cut to N.
+    assign (N,) int64 -> positions (N,): floor(N/K') + 1 from each of the K' non-empty clusters, with replacement
+    where a cluster is smaller, shuffled and cut to N.
     """
     n = len(assign)
     shuffled = torch.randperm(n, generator=gen)
@@ -272,292 +222,205 @@ def loss_weights(assign):
     return len(assign) / ((counts > 0).sum() * counts[assign]).float()
 
 
-def deep_features(body, loader, p, sample, seed, amp):
-    """Whitened unit features (n, P) of this process's shard of the images [3.4].
+def neighbor_graph(z, keys, first, k=5):
+    """The k nearest other images of images first, first + 1, ..: ids (n, k), squared distances (n, k), nearest first.
 
-    PCA is fitted on `sample` images of a random order (on all if there are no more). Beyond that, images
-    are projected as they are computed, so that (N, D) features never exist at once. p = 0: no PCA.
-    Raises ValueError, on all processes, for NaN or infinite features.
+    z (n, P): their features; keys (N, P): those of all images.
     """
-    n = len(loader.data)
-    first, last = shard(n)
-    mine = torch.arange(first, last)
-    if not p:
-        return extract(body, loader, mine, amp, then=unit)
-    sample = min(sample, max(p, 2**28 // body.dim))  # wide maps: 1 GiB of features at most
-    if n <= sample:
-        x = extract(body, loader, mine, amp)  # (n, D)
-        return whiten(x, *pca(x, p))
-    chosen = torch.randperm(n, generator=generator(seed, "pca sample"))[:sample]
-    first, last = shard(sample)
-    mean, axes = pca(extract(body, loader, chosen[first:last], amp), p)  # (D,), (D, P)
-    return extract(body, loader, mine, amp, then=lambda x: whiten(x, mean, axes))
-
-
-def neighbour_graph(z, k=5):
-    """The k nearest other images of every image: ids (N, k), squared distances (N, k), nearest first.
-
-    z (n, P): this process's rows; the rows of all are gathered (N x P floats on each process).
-    """
-    check_finite(z)
-    keys = gather(z)
-    first, last = shard(len(keys))
-    distance, ids = nearest(z, keys, min(k + 1, len(keys)))  # an image is its own neighbour ..
-    own = ids == torch.arange(first, last, device=ids.device)[:, None]
+    distance, ids = nearest(z, keys, k + 1)  # an image is its own neighbor ..
+    own = ids == torch.arange(first, first + len(z), device=ids.device)[:, None]
     own[:, -1] |= ~own.any(1)  # .. unless more than k copies of it come first
     left = (len(z), ids.shape[1] - 1)
-    return gather(ids[~own].view(left)).cpu(), gather(distance[~own].view(left)).cpu()
+    return ids[~own].view(left), distance[~own].view(left)
 
 
 def power_iteration_clustering(ids, distance, sigma=0.2, a=0.001, iterations=200):
-    """PIC on a graph of nearest neighbours [supplementary; Lin & Cohen 2010]: cluster of each image (N,).
+    """PIC on a graph of nearest neighbors [supplementary; Lin & Cohen 2010]: cluster of each image (N,).
 
-    ids (N, k), distance (N, k) squared, nearest first. A_ij = exp(-d_ij / sigma^2), W = A + A^T;
-    v <- a W^T v + (1-a)/N, kept at sum 1; then every image follows the neighbour with the largest
-    positive W_ij (v_j - v_i) up to a maximum, and each maximum is a cluster. An image alone joins the
-    cluster of the nearest of its k neighbours that is not alone; if all are, it stays.
+    ids (N, k), distance (N, k) squared, nearest first. A_ij = exp(-d_ij / sigma^2), W = A + A^T; v <- a W^T v +
+    (1-a)/N, kept at sum 1; then every image follows the neighbor with the largest positive W_ij (v_j - v_i) up to a
+    maximum, and each maximum is a cluster. An image alone joins the cluster of the nearest of its k neighbors that is
+    not alone; if all are, it stays.
     """
-    n, k = ids.shape
-    if k == 0:  # a single image
-        return torch.zeros(n, dtype=torch.int64)
-    rows, columns = np.arange(n).repeat(k), ids.numpy().ravel()
-    affinity = np.exp(-distance.double().numpy().ravel() / sigma**2)
-    w = sparse.csr_matrix((affinity, (rows, columns)), shape=(n, n))
-    w = (w + w.T).tocsr()  # mutual neighbours count twice
+    (n, k), ids = ids.shape, ids.numpy()
+    affinity = np.exp(-distance.double().numpy() / sigma**2)
+    w = sparse.csr_matrix((affinity.ravel(), (np.arange(n).repeat(k), ids.ravel())), shape=(n, n))
+    w = (w + w.T).tocsr()  # mutual neighbors count twice
     v = np.full(n, 1 / n)
     for _ in range(iterations):
         v = a * (w.T @ v) + (1 - a) / n
         v /= v.sum()
 
-    rows = np.arange(n).repeat(np.diff(w.indptr))
-    gain = w.data * (v[w.indices] - v[rows])
-    best = np.zeros(n)
-    np.maximum.at(best, rows, gain)
-    uphill = np.arange(n)
-    winner = np.flatnonzero((gain == best[rows]) & (gain > 0))[::-1]  # backwards: the first of equals stays
-    uphill[rows[winner]] = w.indices[winner]
+    w.data *= v[w.indices] - v[np.arange(n).repeat(np.diff(w.indptr))]
+    uphill = np.where(w.max(axis=1).toarray().ravel() > 0, np.asarray(w.argmax(axis=1)).ravel(), np.arange(n))
     while (uphill != uphill[uphill]).any():  # v rises along the way, so this ends
         uphill = uphill[uphill]
 
     _, assign, sizes = np.unique(uphill, return_inverse=True, return_counts=True)
     alone = np.flatnonzero(sizes[assign] == 1)
-    company = sizes[assign[ids.numpy()[alone]]] > 1  # (alone, k)
+    company = sizes[assign[ids[alone]]] > 1  # (alone, k)
     joins = company.any(1)
-    assign[alone[joins]] = assign[ids.numpy()[alone[joins], company[joins].argmax(1)]]
-    return torch.from_numpy(np.unique(assign, return_inverse=True)[1]).long()
+    assign[alone[joins]] = assign[ids[alone[joins], company[joins].argmax(1)]]
+    return torch.from_numpy(np.unique(assign, return_inverse=True)[1])
 
 
-def cluster(body, loader, args, *key):
-    """Pseudo-labels of all images: assign (N,), distance to the centroid (N,) or None, K, objective."""
-    with finite_or_leave():
-        z = deep_features(body, loader, args.pca, args.pca_sample, args.seed, args.amp)
-        if args.clustering == "pic":
-            assign = power_iteration_clustering(*neighbour_graph(z))
-            return assign, None, int(assign.max()) + 1, None
-        found = kmeans(z, args.k, gen=generator(*key, "k-means"))  # a fresh start at every call
-    return gather(found.assign).cpu(), gather(found.distance).cpu(), args.k, found.objective
+# %% one epoch
 
 
-# --------------------------------------------------------------------------- one epoch
+def cluster(encoder, loader, args, gen, sample=65536):
+    """Pseudo-labels of all images, on the CPU: assign (N,), distance to the centroid (N,), K, and what assigns a new
+    image, {"mean", "axes", "centroids"}, with "objective", the mean of the distances.
+
+    PCA is fitted on `sample` images, at most 2^28 numbers; where there are more, images are projected as they are
+    computed, so that (N, D) features never exist at once.
+    """
+    n, sample, mean, axes = len(loader.data), min(sample, max(args.pca, 2**28 // encoder.dim)), None, None
+    mine = torch.arange(*shard(n))
+    if args.pca:
+        chosen = mine if n <= sample else torch.randperm(n, generator=gen)[slice(*shard(sample))]
+        x = extract(encoder, loader, chosen)
+        mean, axes = pca(x, args.pca, gen)
+        z = (
+            whiten(x, mean, axes)
+            if n <= sample
+            else extract(encoder, loader, mine, lambda x: whiten(x, mean, axes))
+        )
+    else:
+        z = extract(encoder, loader, mine, lambda x: F.normalize(x, dim=1))
+    if args.clustering == "pic":
+        graph = neighbor_graph(z, all_gather(z), shard(n)[0])
+        assign = power_iteration_clustering(*(all_gather(x).cpu() for x in graph))
+        return assign, torch.zeros(n), int(assign.max()) + 1, {"objective": None}
+    assign, distance, centroids, objective = kmeans(z, args.k, gen)
+    model = {"mean": mean, "axes": axes, "centroids": centroids, "objective": objective}
+    return all_gather(assign).cpu(), all_gather(distance).cpu(), args.k, model
 
 
-def train(body, head, optimizers, loader, order, assign_all, weights, epoch, start, loss_sum, args):
-    """Cross-entropy to the pseudo-labels from step `start` on; (next step, sum of losses, signal or 0)."""
-    view = View(area=(args.crop_area, 1.0), flip=0.5 * args.flip)
-    steps, signal = loader.steps(order), 0
-    body.train()
-    head.train()
-    batches = enumerate(loader.epoch(epoch, [view], order, start), start)
-    for step, (index, (images,)) in progress(batches, steps - start, f"epoch {epoch + 1}"):
-        seed_step(args.seed, epoch, step)  # dropout
-        target = assign_all[index].to(images.device, non_blocking=True)  # (b,) pseudo-labels
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
-            logits = head(body(images))  # (b, K)
+def train(encoder, head, optimizer, batches, assign_all, weights, meter, args):
+    """Cross-entropy to the pseudo-labels assign_all (N,), weighted by weights (N,); the epoch's mean loss."""
+    net = parallel(nn.Sequential(encoder, head))
+    head_optimizer = torch.optim.SGD(
+        head.parameters(), args.lr, weight_decay=args.wd
+    )  # no momentum: nothing to keep
+    net.train()
+    for index, (images,) in batches:
+        target = assign_all[index]  # (b,)
+        with autocast(images.device, args.amp):
+            logits = net(images)  # (b, K)
         each = F.cross_entropy(logits.float(), target, reduction="none")  # (b,)
-        loss = (weights[index].to(each.device, non_blocking=True) * each).mean()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+        loss = (weights[index] * each).mean()
+        net.zero_grad()
         loss.backward()
-        mean, signal = heartbeat(loss)
-        for optimizer in optimizers:
-            optimizer.step()
-        loss_sum += mean
-        if signal:
-            return step + 1, *overdue([loss_sum]), signal
-    return steps, *overdue([loss_sum]), signal
+        optimizer.step()
+        head_optimizer.step()
+        meter.add(len(index), loss)
+    return meter.mean_loss()
 
 
-# --------------------------------------------------------------------------- main
+# %% main
 
 
-def initial_alignment(args, data, loader, device, run):
-    """IA(theta, K) = NMI(labels, clusters of the untrained network) over seeds [Deep Dive 4.1.1]."""
+def initial_alignment(args, data, loader, device):
+    """Print IA(theta, K) = NMI(labels, clusters of the random network) over seeds [Deep Dive 4.1.1]."""
     values = []
     for seed in range(args.seed, args.seed + args.initial_alignment):
-        seed_all(seed, "weights")
-        _, body = make_body(args, data.channels)
-        assign = cluster(body.to(device), loader, args, seed, 0)[0]
-        values.append(nmi(data.labels, assign))
-        say(f"seed {seed}  initial alignment {values[-1]:.4f}")
-    result = {"initial_alignment": values, "median": median(values), "min": min(values), "max": max(values)}
-    run.log({**result, "minutes": run.minutes()})
-    say(f"K = {args.k}: median {median(values):.4f}, min {min(values):.4f}, max {max(values):.4f}")
-
-
-def check(args, data):
-    """Refuse what can only be judged with the data at hand."""
-    if args.clustering == "kmeans" and args.k > len(data):
-        refuse(f"--k {args.k} is more than the {len(data)} images of {args.data}")
-    if args.batch_size > len(data):
-        refuse(f"--batch-size {args.batch_size} is more than the {len(data)} images of {args.data}")
-    if args.clustering == "kmeans":
-        warn_if_few(len(data), args.k)
-    if args.initial_alignment and data.labels is None:
-        refuse("--initial-alignment compares with labels, and this folder has none")
+        torch.manual_seed(seed)
+        encoder = to_device(make_encoder(args, len(data.mean))[1], device)
+        values.append(nmi(data.labels, cluster(encoder, loader, args, generator(seed, 0))[0]))
+        print_once(f"seed {seed}  initial alignment {values[-1]:.4f}")
+    print_once(f"K = {args.k}: median {np.median(values):.4f}, min {min(values):.4f}, max {max(values):.4f}")
 
 
 def main():
     args = options()
     device = setup(args.device)
-    args.amp = device.type == "cuda" if args.amp is None else args.amp
-    data, _ = load_data(args.data, args.root, device)
-    labels = "labels for reporting only" if data.labels is not None else "no labels"
-    say(f"data: {args.data}, {len(data)} images of {data.channels} channels, {labels}; recipe {args.recipe}")
-    check(args, data)
-    size = (args.image_size, args.resize)
-    loader = Loader(data, args.batch_size, *size, device, args.workers, args.seed, args.max_bad)
-    seed_all(args.seed, "weights")
-    trunk, body = make_body(args, data.channels)
-    to_device(body, device)
-    optimizer = torch.optim.SGD(body.parameters(), args.lr, args.momentum, weight_decay=args.wd, fused=True)
-    trained = parallel(body, args.compile)
-
-    run = Run(args, data, may_differ=("epochs",))
+    data, _ = load_data(args.data, args.root)
+    if args.clustering == "kmeans" and args.k > len(data):
+        error(f"--k {args.k} is more than the {data}")
+    loader = Loader(data, args.batch_size, args.image_size, args.center_fraction, device, args.workers)
+    steps = len(data) // args.batch_size
+    print_once(f"{data}, {steps} steps an epoch, {hardware(args.device)}")
     if args.initial_alignment:
-        run.first_record(args, device, data)
-        initial_alignment(args, data, loader, device, run)
-        leave()
-    epoch, step, loss_sum, head, assign_all, untrained, record = 0, 0, 0.0, None, None, None, None
+        return initial_alignment(args, data, loader, device)
+
+    torch.manual_seed(args.seed)  # the same initial weights on all processes
+    backbone, encoder = make_encoder(args, len(data.mean))
+    encoder = to_device(encoder, device)
+    compiled = torch.compile(encoder) if args.compile else encoder
+    optimizer = torch.optim.SGD(encoder.parameters(), args.lr, args.momentum, weight_decay=args.wd)
+    center = args.center_fraction if args.train_crop == "center" else 0
+    view = View(args.image_size, area=(args.crop_area, 1.0), center=center, flip=0.5 * args.flip)
+
+    run = Run("deepcluster", args, data, may_change={"epochs"})
+    if run.finished:
+        return
+    done, k, assign_all, untrained = 0, None, None, {}
     if run.state:
-        state = run.state
-        with run.restoring():
-            epoch, step, loss_sum, record = (state[k] for k in ("epoch", "step", "loss_sum", "record"))
-            assign_all, untrained = shaped(state["assign_all"], len(data)), state["untrained_nmi"]
-            body.load_state_dict(state["body"])
-            optimizer.load_state_dict(state["optimizer"])
-            head = make_head(body.dim, state["clusters"]).to(device)
-            head.load_state_dict(state["head"])
-            finished = state["result"] and epoch >= args.epochs
-        if finished:
-            say(f"{args.out} is finished after {epoch} epochs; its last lines: {args.out}/log.jsonl")
-            leave()
-        say(f"going on from epoch {epoch + 1}, step {step} of {args.out}")
-        run.log({"resumed": True, "epoch": epoch, "step": step})
-    else:
-        run.first_record(args, device, data)
-
-    def save(result=None):
-        """Everything there is to the method's state, and the network on its own."""
-        if head is None:  # nothing has happened yet
-            return
-        run.save(
-            {
-                "epoch": epoch,  # epochs done ..
-                "step": step,  # .. and steps of the one after
-                "loss_sum": loss_sum,  # over those steps
-                "record": record,  # what the log will say of the epoch
-                "body": body.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "head": head.state_dict(),  # its SGD has no momentum, so nothing to keep
-                "clusters": len(head[1].bias),
-                "assign_all": assign_all,  # (N,) pseudo-labels
-                "untrained_nmi": untrained,
-                "result": result,
-            }
+        done, k, assign_all, untrained = (
+            run.state[name] for name in ("epoch", "k", "assign_all", "untrained")
         )
-        about = (args.arch, *size, args.sobel, data, "deepcluster")
-        run.unsaved |= save_backbone(run.out / "backbone.pt", trunk, *about) is False
+        encoder.load_state_dict(run.state["encoder"])
+        optimizer.load_state_dict(run.state["optimizer"])
+        head = make_head(encoder.dim, k, None).to(device)
+        head.load_state_dict(run.state["head"])
 
-    before_leaving(save)
-    while epoch < args.epochs:
-        began, halted = time.time(), 0 < args.halt_clustering <= epoch
-        if step == 0:
-            record = {"epoch": epoch + 1, "lr": args.lr}
-        if step == 0 and not halted and epoch % args.reassign == 0:
-            share_buffers(body)
+    for epoch in range(done, args.epochs):
+        began, gen, record = time.time(), seed_epoch(args.seed, epoch), {"epoch": epoch + 1}
+        halted = 0 < args.halt_clustering <= epoch
+        anew = epoch % args.reassign == 0 and not halted
+        if anew:
             before = assign_all
-            assign_all, _, k, objective = cluster(body, loader, args, args.seed, epoch)
-            # k-means numbers its clusters afresh, so yesterday's head answers yesterday's question.
-            head = make_head(body.dim, k, args.seed, epoch).to(device)
-            record |= {
-                "objective": objective,
-                "nmi_previous": None if before is None else nmi(before, assign_all),
-            }
-            record |= label_scores(data.labels, assign_all)
-            untrained = record.get("nmi_labels") if before is None else untrained
-        elif step == 0 and halted and args.reset_head:
-            head = make_head(body.dim, len(head[1].bias), args.seed, epoch).to(device)
-        record |= cluster_sizes(assign_all, len(head[1].bias))
-        warn_if_trivial(record)
-        clustered, first = time.time(), step
+            assign_all, _, k, model = cluster(encoder, loader, args, gen)
+            scores = label_scores(data.labels, assign_all, data.unreadable)
+            record |= {"objective": model["objective"], **scores}
+            if before is None:
+                untrained = scores
+            else:
+                record["nmi_previous"] = nmi(before, assign_all)
+        if anew or halted and args.reset_head:
+            # k-means numbers its clusters anew each epoch, so the old head is useless.
+            head = make_head(encoder.dim, k, gen).to(device)
+        record |= {**cluster_sizes(assign_all, k), "seconds_clustering": time.time() - began}
 
-        head_optimizer = torch.optim.SGD(
-            head.parameters(), args.lr, weight_decay=args.wd, fused=True
-        )  # no momentum
-        order, weights = None, torch.ones(len(data))
+        order, weights = torch.randperm(len(data), generator=gen), torch.ones(len(data))
         if args.balance == "uniform":
-            order = uniform_over_clusters(assign_all, generator(args.seed, epoch, "order"))
+            order = uniform_over_clusters(assign_all, gen)
         if args.balance == "loss":
             weights = loss_weights(assign_all)
-        step, loss_sum, signal = train(
-            trained, parallel(head), (optimizer, head_optimizer), loader, order, assign_all, weights, epoch,
-            step, loss_sum, args,
-        )  # fmt: skip
-        if signal and step < loader.steps():
-            stop(signal, save, f"step {step} of epoch {epoch + 1}")
+        meter = Meter(f"epoch {epoch + 1}/{args.epochs}", steps * loader.b)
+        batches, targets = loader.train(order, [view]), assign_all.to(device)
+        record["loss"] = train(compiled, head, optimizer, batches, targets, weights.to(device), meter, args)
         record |= {
-            "loss": loss_sum / step,
-            "ln_k": math.log(len(head[1].bias)),  # the loss of a network that has learnt nothing
-            "images_per_second": (step - first) * args.batch_size / max(1e-9, time.time() - clustered),
-            "seconds": {"clustering": clustered - began, "training": time.time() - clustered},
-            "bad_files": len(loader.bad),
+            "ln_k": math.log(k),
+            "seconds": time.time() - began,
+        }  # ln K: the loss of a uniform prediction
+        run.log(
+            record, "epoch", "loss", "ln_k", "nmi_previous", "nmi_labels", "clusters", "largest", "seconds"
+        )
+        state = {
+            "epoch": epoch + 1,
+            "k": k,
+            "assign_all": assign_all,  # (N,) pseudo-labels
+            "untrained": untrained,  # scores of the first ones
+            "encoder": encoder.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "head": head.state_dict(),  # its SGD has no momentum, so there is nothing to keep
         }
-        epoch, step, loss_sum = epoch + 1, 0, 0.0
-        run.log(record)
-        report(record, args.epochs)
-        if signal:
-            stop(signal, save, f"epoch {epoch}")
-        if epoch % args.save_every == 0 or epoch == args.epochs:
-            save()
+        run.save(state, backbone, loader)
 
-    share_buffers(body)
-    assign, distance, k, _ = cluster(body, loader, args, args.seed, "final")
-    result = {"epochs": epoch, **cluster_sizes(assign, k), **label_scores(data.labels, assign)}
-    result |= {"nmi_labels_untrained": untrained}
-    warn_if_trivial(result)
-    run.log({"result": result, "minutes": run.minutes()})
-    save_assignments(run.out / "assignments.csv", data, assign)
-    save_pictures(run.out / "clusters.png", loader, assign, distance)
-    save(result)
-    if data.labels is not None:
-        say(f"NMI of clusters and labels: {untrained:.3f} untrained, {result['nmi_labels']:.3f} now")
-    say(f"which image is in which cluster: {run.out}/assignments.csv and clusters.png")
-    labelled = "" if data.labels is not None else " --data LABELLED"
-    say(f"evaluate the features: python eval_linear.py {run.out}{labelled}")
-    run.finish()
-
-
-def report(record, epochs):
-    """One readable line per epoch."""
-    parts = [f"epoch {record['epoch']:3d}/{epochs}  loss {record['loss']:.3f} (ln K {record['ln_k']:.2f})"]
-    for name, title in (("nmi_previous", "NMI to previous"), ("nmi_labels", "to labels")):
-        parts += [f"{title} {record[name]:.3f}"] if record.get(name) is not None else []
-    parts.append(
-        f"{record['clusters']} clusters of {record['smallest']}-{record['largest']}, {record['empty']} empty"
-    )
-    seconds = record["seconds"]
-    parts.append(f"{record['images_per_second']:.0f} img/s")
-    say("  ".join(parts), f" {seconds['clustering']:.1f} + {seconds['training']:.1f} s")
+    assign_all, distance_all, k, model = cluster(encoder, loader, args, generator(args.seed, "final"))
+    if backbone is not encoder:
+        model["hidden"] = encoder[1].state_dict()  # ResNet B's, which backbone.pt does not hold
+    save_file(run.out / "clustering.pt", model)
+    save_clusters(run.out, loader, assign_all, distance_all)
+    scores = label_scores(data.labels, assign_all, data.unreadable)
+    others = {"random network": untrained, **baselines(loader, k, generator(args.seed, "baselines"))}
+    run.log({"result": {**cluster_sizes(assign_all, k), **scores}, "baselines": others})
+    if scores:
+        others = ", ".join(f"{name} {found['nmi_labels']:.3f}" for name, found in others.items())
+        print_once(f"NMI of clusters and labels: {scores['nmi_labels']:.3f}; {others}")
+    print_once(f"which image is in which cluster: {run.out}/assignments.csv and clusters.png")
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
