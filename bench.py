@@ -18,7 +18,7 @@ Prints a table and writes --out (bench.json). What the references are:
     files         torchvision's ImageFolder on the same JPEGs (--folder), RandomResizedCrop, mirror, normalise; no
                   loader processes and one thread on both sides
     training      the same networks on one ready batch: zero_grad, forward, cross-entropy, backward.
-                  Ours has everything: fetching and augmenting images, seeds, head, heartbeat, optimisers
+                  Ours has everything: fetching and augmenting images, head, progress, optimisers
     aggregation   Local Aggregation from embeddings to their gradient, against product and topk alone;
                   its whole training step against forward and backward of the same network
     labels        CoKe's averaged labels of a batch, targets and update, against a loop over its images
@@ -51,6 +51,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
+import common  # isort: skip  (first: it says how long OpenMP's threads spin)
 import coke
 import deepcluster
 import eval_linear
@@ -67,7 +68,7 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms
 
-import faiss  # isort: skip  (after torch, see legacy.py)
+import faiss  # isort: skip  (after torch, see common.py)
 
 # --------------------------------------------------------------------------- measuring
 
@@ -127,15 +128,13 @@ def blobs(n, d, device, clusters=500):
     return x.add_(torch.randn(n, d, generator=gen)).to(device)
 
 
-def synthetic(n, channels, size, device):
+def synthetic(n, channels, size, device, kind=legacy.Images):
     """n images of noise, in memory, with ten labels."""
     gen = legacy.generator("bench images", n, channels, size)
     pixels = torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8, generator=gen)
     labels = torch.randint(10, (n,), generator=gen)
     middle = (0.5,) * channels
-    return legacy.Images(
-        "noise", pixels.to(device), None, labels, [str(i) for i in range(10)], middle, middle
-    )
+    return kind("noise", pixels.to(device), None, labels, [str(i) for i in range(10)], middle, middle)
 
 
 # --------------------------------------------------------------------------- rows
@@ -147,11 +146,10 @@ def bench_kmeans(device, quick):
     sizes = [(6_000, 84, 100), (5_000, 256, 100)] if quick else [(60_000, 84, 100), (50_000, 256, 1000)]
     for n, d, k in sizes:
         x, last = blobs(n, d, device), {}
-        start = torch.randperm(n, generator=legacy.generator(0, "kmeans"))[:k]  # where legacy.kmeans starts
+        start = torch.randperm(n, generator=common.generator(0, "kmeans"))[:k]  # where common.kmeans starts
 
         def ours():
-            found = legacy.kmeans(x, k, 20)
-            last["ours"], last["our iterations"] = found.objective, found.iterations
+            last["ours"] = common.kmeans(x, k, common.generator(0, "kmeans"))[3]
 
         rows, first = x.cpu().numpy(), x[start.to(device)].cpu().numpy()
 
@@ -167,7 +165,7 @@ def bench_kmeans(device, quick):
             bench_kmeans.resources = faiss.StandardGpuResources()
         seconds = race(ours, reference, device, rounds=3)
         note = f"mean squared distance {last['ours']:.6g} against {last['faiss']:.6g}"
-        note += f"; iterations {last['our iterations']} against {last['iterations']}"
+        note += f"; iterations 20 against {last['iterations']}"
         yield row(f"kmeans N={n} D={d} K={k}", seconds, "<= 1.1", note=note)
 
 
@@ -177,13 +175,13 @@ def bench_pca(device, quick):
         rows = x.cpu().numpy()
 
         def ours():
-            return legacy.whiten(x, *legacy.pca(x, 256))
+            return deepcluster.whiten(x, *deepcluster.pca(x, 256, None))
 
         def reference():
             plain = faiss.PCAMatrix(d, 256, -0.5)
             plain.max_points_per_d = n
             plain.train(rows)
-            return legacy.unit(torch.from_numpy(plain.apply(rows)))
+            return F.normalize(torch.from_numpy(plain.apply(rows)))
 
         seconds = race(ours, reference, device, rounds, warm_up=rounds > 1)
         yield row(f"pca + whiten N={n} D={d} P=256", seconds)
@@ -191,36 +189,36 @@ def bench_pca(device, quick):
 
 def bench_nearest(device, quick):
     n, queries, d = (5_000, 500, 128) if quick else (50_000, 4_096, 128)
-    keys, q = legacy.unit(blobs(n, d, device)), legacy.unit(blobs(queries, d, device))
+    keys, q = F.normalize(blobs(n, d, device)), F.normalize(blobs(queries, d, device))
 
     def plain(k):
         return torch.cat([(chunk @ keys.T).topk(k, 1)[1] for chunk in q.split(512)])
 
     for k in (1, 200):
-        seconds = race(lambda: legacy.nearest(q, keys, k, inner=True), lambda: plain(k), device)
-        same = (legacy.nearest(q, keys, k, inner=True)[1] == plain(k)).double().mean().item()
+        seconds = race(lambda: common.nearest(q, keys, k, inner=True), lambda: plain(k), device)
+        same = (common.nearest(q, keys, k, inner=True)[1] == plain(k)).double().mean().item()
         yield row(f"nearest {queries} in {n}, D={d}, k={k}", seconds, note=f"{same:.2%} of the ids agree")
 
 
 def bench_augmentation(device, quick):
     n = 256 if quick else 2_048
-    data = synthetic(n, 3, 32, device)
-    loader = legacy.Loader(data, 256, 32, 32, device)
+    data = synthetic(n, 3, 32, device, common.Images)
+    loader = common.Loader(data, 256, 32, 1.0, device, 0)
     pictures = [Image.fromarray(x) for x in data.pixels.cpu().permute(0, 2, 3, 1).numpy()]
     end = [transforms.ToTensor(), transforms.Normalize(data.mean, data.std)]
     crop = [transforms.RandomResizedCrop(32, (0.2, 1.0)), transforms.RandomHorizontalFlip()]
     tint = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
     tint = [transforms.RandomApply([tint], 0.8), transforms.RandomGrayscale(0.2)]
-    simple = legacy.View((0.2, 1.0)), transforms.Compose([*crop, *end])
+    simple = common.View(32, (0.2, 1.0)), transforms.Compose([*crop, *end])
     colourful = (
-        legacy.View((0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey=0.2),
+        common.View(32, (0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray=0.2),
         transforms.Compose([*crop, *tint, *end]),
     )
     cases = [("two views with colour", 2, *colourful, ">= 4"), ("one view, crop + flip", 1, *simple, ">=")]
     for name, count, view, one_by_one, aim in cases:
 
         def ours():
-            return sum(len(index) for index, _ in loader.epoch(0, [view] * count))
+            return sum(len(index) for index, _ in loader.train(torch.randperm(n), [view] * count))
 
         def reference():
             for batch in range(0, n, 256):
@@ -291,30 +289,28 @@ def networks(device, quick):
     for recipe, arch, channels, side, steps in found:
         args = deepcluster.options(["--recipe", recipe, "--data", "noise", "--arch", arch, "--lr", "1e-4"])
         args.amp = device.type == "cuda"
-        data = synthetic(args.batch_size * (2 if quick else steps), channels, side, device)
-        loader = legacy.Loader(data, args.batch_size, args.image_size, args.resize, device)
-        body = deepcluster.make_body(args, channels)[1]
-        head = deepcluster.make_head(body.dim, args.k, 0)
+        data = synthetic(args.batch_size * (2 if quick else steps), channels, side, device, common.Images)
+        loader = common.Loader(data, args.batch_size, args.image_size, args.center_fraction, device, 0)
+        body = deepcluster.make_encoder(args, channels)[1]
+        head = deepcluster.make_head(body.dim, args.k, common.generator("head"))
         name = f"{arch}, {args.image_size} px, B={args.batch_size}"
-        yield name, args, loader, legacy.to_device(body, device), head.to(device)
+        yield name, args, loader, common.to_device(body, device), head.to(device)
 
 
 def bench_training(device, quick):
     for name, args, loader, body, head in networks(device, quick):
         n, b = len(loader.data), args.batch_size
-        assign, weights = torch.arange(n) % args.k, torch.ones(n)
-        optimizer = torch.optim.SGD(
-            body.parameters(), args.lr, args.momentum, weight_decay=args.wd, fused=True
-        )
-        optimizers = optimizer, torch.optim.SGD(head.parameters(), args.lr, weight_decay=args.wd, fused=True)
-        view = legacy.View((args.crop_area, 1.0), flip=0.5 * args.flip)
-        index, (images,) = next(loader.epoch(0, [view]))
-        target = assign[index].to(device)
+        assign, weights = torch.arange(n) % args.k, torch.ones(n, device=device)
+        optimizer = torch.optim.SGD(body.parameters(), args.lr, args.momentum, weight_decay=args.wd)
+        view = common.View(args.image_size, (args.crop_area, 1.0), flip=0.5 * args.flip)
+        index, (images,) = next(loader.train(torch.arange(n), [view]))
+        target = assign.to(device)[index]
         both = nn.Sequential(body, head)
 
         def ours():
-            order = deepcluster.uniform_over_clusters(assign, legacy.generator("order"))
-            deepcluster.train(body, head, optimizers, loader, order, assign, weights, 0, 0, 0.0, args)
+            order = deepcluster.uniform_over_clusters(assign, common.generator("order"))
+            batches, meter = loader.train(order, [view]), common.Meter("bench", n)
+            deepcluster.train(body, head, optimizer, batches, assign.to(device), weights, meter, args)
 
         def reference():
             both.train()
@@ -329,18 +325,17 @@ def bench_training(device, quick):
 
 
 def bench_extraction(device, quick):
-    for name, args, loader, body, _ in networks(device, quick):
+    for name, _, loader, body, _ in networks(device, quick):
         index = torch.arange(len(loader.data))
-        batches = [crops[:, 0] for _, crops in loader.fixed(index)]
+        batches = [images for _, images in loader.test(index)]
 
         @torch.no_grad()
         def reference():
             body.eval()
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                return torch.cat([body(images).float() for images in batches])
+            return torch.cat([body(images) for images in batches])
 
         def ours():
-            return legacy.extract(body, loader, index, args.amp)
+            return common.extract(body, loader, index)
 
         yield row(f"extraction: {name}", race(ours, reference, device), images=len(index))
 
@@ -695,9 +690,11 @@ def scale_kmeans(device, quick):
 
 def scale_clusters(device, quick):
     """The same, N = 30,000, as K grows."""
-    x = blobs(2_000 if quick else 30_000, 256, device)
+    x, gen = blobs(2_000 if quick else 30_000, 256, device), common.generator("kmeans")
+    common.rank_and_world()  # forms the group of one before the clock runs
     for k in (100, 300, 1_000) if quick else (100, 300, 1_000, 3_000, 10_000):
-        yield k, seconds_of(lambda: legacy.kmeans(x, k, PASSES - 1), device, 1) / PASSES, None
+        yield k, seconds_of(lambda: common.kmeans(x, k, gen, PASSES - 1), device, 1) / PASSES, None
+    dist.destroy_process_group()  # see main
 
 
 def scale_background(device, quick):
@@ -725,8 +722,8 @@ def scale_head(device, quick):
     """DeepCluster's training step behind its features: head, loss, gradient, SGD; B = 256, D = 4096."""
     x = blobs(256, 4096, device).requires_grad_()
     for k in KS[:3] if quick else KS:
-        head, target = deepcluster.make_head(4096, k, 0).to(device), torch.arange(256, device=device) % k
-        optimizer = torch.optim.SGD(head.parameters(), 1e-4, fused=True)
+        head = deepcluster.make_head(4096, k, common.generator("head")).to(device)
+        target, optimizer = torch.arange(256, device=device) % k, torch.optim.SGD(head.parameters(), 1e-4)
 
         def step():
             optimizer.zero_grad()
@@ -825,15 +822,13 @@ def spawn(work, n, device="cpu", processes=1):
 def worker_processes(n, device, rounds=3):
     """Seconds of k-means on this process's shard of n rows, between barriers."""
     x, seconds = blobs(n, 256, device), []
-    first, last = legacy.shard(n)
+    first, last = common.shard(n)
     x = x[first:last].clone()
     for turn in range(-1, rounds):
-        if dist.is_initialized():
-            dist.barrier()
+        dist.barrier()
         start = time.perf_counter()
-        legacy.kmeans(x, 500, 3 if turn < 0 else 10)
-        if dist.is_initialized():
-            dist.barrier()
+        common.kmeans(x, 500, common.generator("kmeans"), 3 if turn < 0 else 10)
+        dist.barrier()
         seconds += [time.perf_counter() - start] if turn >= 0 else []
     return {"seconds": seconds}
 
@@ -841,9 +836,10 @@ def worker_processes(n, device, rounds=3):
 def worker_scale(n, device):
     """Seconds of k-means of n rows, and how much memory it took beside them."""
     x = blobs(n, 256, device)
-    legacy.kmeans(x[:2_000], 100, 2)  # warms up
+    gen = common.generator("kmeans")
+    common.kmeans(x[:2_000], 100, gen, 2)  # warms up
     before = peak(device, anew=True)
-    seconds = seconds_of(lambda: legacy.kmeans(x, min(1_000, n // 4), PASSES - 1), device, 1)
+    seconds = seconds_of(lambda: common.kmeans(x, min(1_000, n // 4), gen, PASSES - 1), device, 1)
     return {"seconds": seconds / PASSES, "bytes": peak(device) - before}
 
 
@@ -864,11 +860,11 @@ def peak(device, anew=False):
 
 def worker_memory(n, device):
     """Peak memory of PCA and k-means with features of 4096 numbers, made from 16 pixels to be quick."""
-    loader = legacy.Loader(synthetic(n, 1, 4, device), 256, 4, 4, device)
+    loader = common.Loader(synthetic(n, 1, 4, device, common.Images), 256, 4, 1.0, device, 0)
     body = nn.Sequential(nn.Flatten(), nn.Linear(16, 4096), nn.ReLU()).to(device)
     body.dim = 4096
-    z = deepcluster.deep_features(body, loader, 256, 8_192, 0, False)
-    legacy.kmeans(z, 100, 2)
+    args = deepcluster.options(["--data", "noise", "--pca", "256", "--k", "100"])
+    deepcluster.cluster(body, loader, args, common.generator("bench"), 8_192)
     return {"bytes": peak(device)}
 
 
@@ -949,6 +945,8 @@ def main():
             print(text.rstrip() + (f"\n    {r['note']}" if r["note"] else ""), flush=True)
             report["rows"].append(r)
             write()
+        if dist.is_initialized():  # common.py's group of one, for which legacy.py would wrap its networks
+            dist.destroy_process_group()
     legacy.leave()
 
 
