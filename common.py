@@ -68,14 +68,14 @@ def make_parser(description):
     p = argparse.ArgumentParser(description=description, formatter_class=style, add_help=False)
     data = "data/imagenet" if os.path.isdir("data/imagenet") else "digits"
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    workers = max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    workers = max(1, min(8, cores // from_torchrun("LOCAL_WORLD_SIZE", 1)))
     # fmt: off
     g = p.add_argument_group("shared by all scripts")
     g.add_argument("--data", default=data, help=f"{', '.join(SETS)}, or a folder of images: train/ and val/, one folder per class, or unlabelled")
     g.add_argument("--root", default="data", help="where named data sets lie or are downloaded to")
     g.add_argument("--out", help="run folder; None: runs/METHOD-DATA")
     g.add_argument("--overwrite", action="store_true", help="start afresh instead of continuing what is in --out")
-    g.add_argument("--seed", type=number(int, 0), default=0, help="decides every random number")
+    g.add_argument("--seed", type=number(int, 0, 2**32), default=0, help="decides every random number")
     g.add_argument("--device", choices=["auto", "cpu"], default="auto", help="auto: GPUs where there are some")
     g.add_argument("--amp", action=yes_no, default=True, help="train in bf16 autocast on GPUs that compute in it; without: float32, convolutions in TF32")
     g.add_argument("--compile", action=yes_no, default=False, help="torch.compile the network")
@@ -88,9 +88,9 @@ def make_parser(description):
 # One process is a group of one, so nothing below or in the scripts asks how many there are.
 
 
-def local_rank():
-    """This process's number on its machine; without torchrun 0, whatever LOCAL_RANK says."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if "RANK" in os.environ else 0
+def from_torchrun(name, otherwise):
+    """A number that torchrun gives its processes; what is left over from another start is no such number."""
+    return int(os.environ.get(name, otherwise)) if "RANK" in os.environ else otherwise
 
 
 def setup(device="auto"):
@@ -100,9 +100,9 @@ def setup(device="auto"):
     torchrun; one that is stopped, after ten minutes.
     """
     gpus = torch.cuda.device_count() if device == "auto" and torch.cuda.is_available() else 0
-    if gpus and local_rank() >= gpus:
-        error(f"{local_rank() + 1} processes or more on a machine with {gpus} GPUs; start one for each")
-    device = torch.device("cuda", local_rank()) if gpus else torch.device("cpu")
+    if 0 < gpus < from_torchrun("LOCAL_WORLD_SIZE", 1):
+        error(f"{os.environ['LOCAL_WORLD_SIZE']} processes on a machine with {gpus} GPUs; start one for each")
+    device = torch.device("cuda", from_torchrun("LOCAL_RANK", 0)) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
@@ -142,7 +142,7 @@ def print_once(*words):
 
 def error(message):
     """End with exit code 2 and one line, which one process of each machine prints."""
-    if local_rank() == 0:
+    if from_torchrun("LOCAL_RANK", 0) == 0:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -214,7 +214,7 @@ SETS = {"digits": None, "mnist": "MNIST", "fashionmnist": "FashionMNIST", "cifar
 SETS |= {"cifar100-20": "CIFAR100", "svhn": "SVHN", "stl10": "STL10"}
 
 Image.init()
-KINDS = Image.OPEN.keys() - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # that Pillow cannot read alone
+KINDS = Image.OPEN.keys() - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow needs others for these
 SUFFIXES = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in KINDS)
 Image.MAX_IMAGE_PIXELS = 2**28  # Pillow refuses twice as many: photographs of 196 megapixels are read
 
@@ -247,9 +247,10 @@ def load_data(name, root="data"):
     """
     try:
         if name in SETS:
-            found = [load_set(name, root, split, True) for split in ("train", "test") if local_rank() == 0]
+            first, splits = from_torchrun("LOCAL_RANK", 0) == 0, ("train", "test")
+            found = [load_set(name, root, split, download=True) for split in splits if first]
             all_reduce_sum(torch.zeros(1))  # one process of each machine downloads, the others wait
-            train, test = found or [load_set(name, root, split) for split in ("train", "test")]
+            train, test = found or [load_set(name, root, split) for split in splits]
         elif os.path.isdir(name):
             parts = {entry.name.lower(): entry.path for entry in os.scandir(name) if entry.is_dir()}
             held_out = parts.get("val") or parts.get("test") if "train" in parts else None
@@ -343,7 +344,7 @@ def list_images(folder, seen, left_out):
     return images
 
 
-def decode_small(data, side=96, limit=2**31):
+def decode_small(data, side=96, limit=2**29):
     """Decode the files into data.pixels if all have one size of at most `side` pixels; else change nothing."""
     pixels, unreadable = None, set()
     for i, path in enumerate(data.paths):
@@ -359,7 +360,7 @@ def decode_small(data, side=96, limit=2**31):
         pixels[i] = image
     data.pixels, data.unreadable = pixels, unreadable
     for i in unreadable:
-        print_once(f"WARNING: cannot read {data.paths[i]}: black, in no cluster")
+        print_once(f"WARNING: cannot read {data.paths[i]}: taken as black, left out of assignments.csv")
 
 
 def open_image(path, side=0):
@@ -447,8 +448,14 @@ class Loader:
             for part, crops, readable in self.files:
                 for i in set(part[~readable].tolist()) - self.data.unreadable:
                     self.data.unreadable.add(i)
-                    print(f"WARNING: cannot read {self.data.paths[i]}: black, in no cluster", flush=True)
-                yield part.to(self.device), [x.to(self.device, non_blocking=True) / 255 for x in crops]
+                    print(
+                        f"WARNING: cannot read {self.data.paths[i]}: taken as black, left out of assignments.csv",
+                        flush=True,
+                    )
+                yield (
+                    part.to(self.device, non_blocking=True),
+                    [x.to(self.device, non_blocking=True) / 255 for x in crops],
+                )
         except RuntimeError as problem:
             if "DataLoader worker" not in str(problem):
                 raise
@@ -482,9 +489,9 @@ class View:
         return v2.functional.pil_to_tensor(v2.RandomHorizontalFlip(self.flip)(image))
 
     def crop(self, pixels):
-        """Crops of uint8 pixels (b, C, H, W), some flipped, not antialiased: (b, C, S, S) in 0..1.
+        """Crops of uint8 pixels (b, C, H, W), some flipped, random ones not antialiased: (b, C, S, S) in 0..1.
 
-        As torchvision draws them: whole pixels, the first of ten tries that fits; if none does, cut to the image.
+        Drawn as torchvision's: whole pixels, the first of ten tries that fits; if none does, cut to the image.
         """
         (height, width), rand = pixels.shape[2:], partial(torch.rand, len(pixels), device=pixels.device)
         flip = rand(1) < self.flip
@@ -565,11 +572,11 @@ def blur(images, sigma):
 
 # fmt: off
 PLANS = {  # (out, kernel, stride, padding) of a convolution, (kernel, stride) of a max-pool
-    "lenet5": [(6, 5, 1, 0), (2, 2), (16, 5, 1, 0), (2, 2)],  # LeCun et al. 1998
+    "lenet5": [(6, 5, 1, 0), (2, 2), (16, 5, 1, 0), (2, 2)],  # LeCun et al. 1998, with max-pools, ReLU, batch norm
     "alexnet": [(96, 11, 4, 2), (3, 2), (256, 5, 1, 2), (3, 2),  # Krizhevsky et al. 2012 without groups and LRN
                 (384, 3, 1, 1), (384, 3, 1, 1), (256, 3, 1, 1), (3, 2)],  # [DeepCluster 3.4]
-    "alexnet-small": [(48, 3, 1, 1), (2, 2), (126, 3, 1, 1), (2, 2),  # Deep Dive 3.3; kernels, pools and hidden
-                      (192, 3, 1, 1), (192, 3, 1, 1), (128, 3, 1, 1)],  # layers are not printed: its code's
+    "alexnet-small": [(48, 3, 1, 1), (2, 2), (126, 3, 1, 1), (2, 2),  # Deep Dive 3.3, which prints no kernels and
+                      (192, 3, 1, 1), (192, 3, 1, 1), (128, 3, 1, 1)],  # pools: ours; hidden layers: its code's
     "vgg16": [*[(64, 3, 1, 1)] * 2, (2, 2), *[(128, 3, 1, 1)] * 2, (2, 2), *[(256, 3, 1, 1)] * 3, (2, 2),
               *[(512, 3, 1, 1)] * 3, (2, 2), *[(512, 3, 1, 1)] * 3, (2, 2)],
 }
@@ -709,7 +716,7 @@ def nearest(queries, keys, k=1, inner=False):
         values, ids = faiss.knn_gpu(gpu_resources(), queries, keys, k, metric=metric, device=gpu)
     else:
         values, ids = nearest_by_torch(queries, keys, k, inner)
-    if (ids < 0).any() or values.isnan().any():
+    if (ids < 0).any() or values.isnan().any() or keys.isnan().any():
         raise ValueError("a query or key is NaN")
     return values, ids
 
@@ -725,7 +732,7 @@ def nearest_by_torch(queries, keys, k, inner):
 
 def check_finite(x):
     """End the run if a row of x (n, D), on any process, is NaN, infinite, or too large to be squared."""
-    bad = any(not rows.square().sum(1).isfinite().all() for rows in x.split(4096))
+    bad = any(not (2 * rows).square().sum(1).isfinite().all() for rows in x.split(4096))
     if all_reduce_sum(torch.tensor(float(bad))) > 0:
         error("the features are NaN, infinite or too large to be squared; lower --lr?")
 
@@ -747,11 +754,19 @@ def kmeans(x, k, gen, iterations=20):
     centroids = x.new_zeros(k, x.shape[1])
     centroids[mine.to(x.device)] = x[start[mine].to(x.device)]
     centroids = all_reduce_sum(centroids)  # each row comes from the one process that owns it
+    own = x.new_zeros(
+        k + 1, x.shape[1], dtype=torch.float64
+    )  # sums of this process's rows; the last: of no cluster yet
+    assign = torch.full((len(x),), k, device=x.device)
     for _ in range(iterations):
-        assign, sums = nearest(x, centroids)[1][:, 0], x.new_zeros(k, x.shape[1], dtype=torch.float64)
-        for rows, ids in zip(x.split(4096), assign.split(4096), strict=True):
-            sums.index_add_(0, ids, rows.double())
-        sums, counts = all_reduce_sum(sums), all_reduce_sum(torch.bincount(assign, minlength=k))
+        before, assign = assign, nearest(x, centroids)[1][:, 0]
+        moved = (assign != before).nonzero()[:, 0]  # the others are in the sums already
+        for part in moved.split(2048):
+            rows = x[part].double()
+            own.index_add_(0, assign[part], rows).index_add_(0, before[part], rows, alpha=-1)
+        sums, counts = all_reduce_sum(own[:k]), all_reduce_sum(torch.bincount(assign, minlength=k))
+        if all_reduce_sum(torch.tensor(len(moved))) == 0 < counts.min():
+            break  # more iterations would change nothing
         centroids = torch.where(counts[:, None] > 0, sums / counts[:, None], centroids).float()
         split_empty(centroids, counts.double().cpu(), gen)
     distance, assign = nearest(x, centroids)
@@ -823,7 +838,7 @@ def cluster_sizes(assign, k):
     used = counts[counts > 0]
     if used.max() > 0.5 * len(assign):
         print_once(
-            f"WARNING: {used.max() / len(assign):.0%} of the images are in one cluster: a trivial solution"
+            f"WARNING: a trivial solution: {used.max() / len(assign):.0%} of the images in one cluster"
         )
     sizes = {"clusters": len(used), "empty": k - len(used)}
     return {**sizes, "smallest": int(used.min()), "largest": int(used.max())}
@@ -875,46 +890,64 @@ class Run:
         Ends with exit code 2, naming what differs, if the checkpoint came from other arguments or images.
         """
         self.method, self.out, self.log_path = method, Path(args.out), Path(args.out) / "log.jsonl"
-        if is_main():
-            self._open(args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0")
-        dist.barrier()
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, to go on
+        problem = self._open(args.overwrite and not restarted) if is_main() else None
+        if all_reduce_sum(torch.tensor(problem is not None)):
+            error(f"--out {self.out}: {problem or 'see process 0'}")
         self.state, self.damaged = load_checkpoint(self.out)
         epochs = all_gather(torch.tensor([self.state["epoch"] if self.state else 0]))
         if epochs.min() < epochs.max():
             error(f"--out {self.out} is not the same folder for all processes: their checkpoints differ")
-        names = "\n".join(os.path.relpath(path, data.name) for path in data.paths or ())
+        names = "\n".join(path[len(data.name) :].lstrip("/") for path in data.paths or ())
         self.config = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE | may_change}
         self.config |= {"method": method, "data": Path(data.name).resolve().name, "images": len(data)}
         self.config["file_names"] = hashlib.blake2b(names.encode(errors="surrogateescape")).hexdigest()[:8]
         old = self.state["config"] if self.state else self.config
         if odd := [f"{k} {old.get(k)} -> {v}" for k, v in self.config.items() if old.get(k) != v]:
             error(f"--out {self.out} holds another run ({', '.join(odd)}): use another --out, or --overwrite")
+        self.finished = False
         if not self.state:
-            self.finished = self.log(what_runs(args, data))
-            return
-        last = self.log_path.read_text().splitlines()[-1]
-        self.finished = '"result"' in last and self.state["epoch"] >= args.epochs
+            failed, commit = subprocess.getstatusoutput(
+                f"git -C '{Path(__file__).parent}' describe --always --dirty"
+            )
+            what = {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "args": vars(args)}
+            what["commit"] = None if failed else commit
+            what["versions"] = {m.__name__: m.__version__ for m in (torch, torchvision, faiss, np)}
+            what["hardware"] = (
+                torch.cuda.get_device_name() if torch.cuda.is_available() else os.uname().machine
+            )
+            what |= {
+                "processes": rank_and_world()[1],
+                "threads": torch.get_num_threads(),
+                "images": len(data),
+            }
+            return self.log(what)
+        last = ["", *self.log_path.read_text().splitlines(keepends=True)][-1]
+        self.finished = '"result"' in last and last[-1] == "\n" and self.state["epoch"] >= args.epochs
         print_once(
             f"{self.out}: {self.state['epoch']} epochs are done; " + (last if self.finished else "going on")
         )
         if is_main() and not self.finished:  # what was logged after the checkpoint will happen again
-            os.truncate(self.log_path, self.state["log_bytes"])
+            os.truncate(self.log_path, min(self.state["log_bytes"], self.log_path.stat().st_size))
 
     def _open(self, overwrite):
-        """Make the folder, locked against a second run for as long as this process lives."""
+        """Make the folder, locked against a second run for as long as this process lives; None, or what is wrong."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
+            self.log_path.touch()
             self.lock = open(self.out / ".lock", "w")  # noqa: SIM115
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for path in self.out.glob("checkpoint*.pt") if overwrite else ():
-                path.unlink()
-            if not any(self.out.glob("checkpoint*.pt")):
-                self.log_path.write_text("")
         except OSError as problem:
-            busy = (
-                "another run is writing there" if isinstance(problem, BlockingIOError) else problem.strerror
-            )
-            error(f"--out {self.out}: {busy}")
+            return f"cannot write there ({problem.strerror})"
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return "another run is writing there just now"
+        except OSError:
+            pass  # a file system without locks
+        for path in self.out.glob("checkpoint*.pt") if overwrite else ():
+            path.unlink()
+        if not any(self.out.glob("checkpoint*.pt")):
+            self.log_path.write_text("")
 
     def log(self, record, *shown):
         """Append one JSON object to log.jsonl; print those of its entries whose names are `shown`."""
@@ -937,27 +970,6 @@ class Run:
             meta = {**backbone.meta, "method": self.method, "center_fraction": loader.center.center}
             meta |= {"data": data.name, "mean": list(data.mean), "std": list(data.std)}
             save_file(self.out / "backbone.pt", {"state_dict": backbone.net.state_dict(), "meta": meta})
-
-
-def what_runs(args, data):
-    """Command, arguments, versions, commit, hardware and data, for a log's first record."""
-    git = f"git -C {Path(__file__).parent} describe --always --dirty".split()
-    return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "args": vars(args),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        "versions": {m.__name__: m.__version__ for m in (torch, torchvision, faiss, np)},
-        "hardware": hardware(args.device),
-        "processes": rank_and_world()[1],
-        "images": len(data),
-    }
-
-
-def hardware(device):
-    """The GPU's name, or the kind of processor and how many threads compute."""
-    gpu = device == "auto" and torch.cuda.is_available()
-    cpu = f"no GPU, {torch.get_num_threads()} threads on {os.uname().machine}"
-    return torch.cuda.get_device_name() if gpu else cpu
 
 
 def save_file(path, state, keep=False):
@@ -1044,7 +1056,9 @@ def draw_clusters(path, loader, assign, distance, rows=10, columns=10):
         images = torch.cat([x for _, x in loader.test(best)]) * loader.std + loader.mean
         images = images[:, : 3 if images.shape[1] > 2 else 1]  # of any number of channels
         images = torch.cat([images, images.new_ones(columns - len(best), *images.shape[1:])]).clamp(0, 1)
-        axis.imshow(torchvision.utils.make_grid(images, nrow=columns, pad_value=1).permute(1, 2, 0).cpu())
+        axis.imshow(
+            torchvision.utils.make_grid(images, nrow=columns, pad_value=1).permute(1, 2, 0).cpu().numpy()
+        )
         axis.set_ylabel(f"{c}\n{counts[c]} images", rotation=0, ha="right", va="center")
         axis.set(xticks=[], yticks=[], frame_on=False)
     figure.savefig(path, bbox_inches="tight")

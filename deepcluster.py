@@ -17,22 +17,24 @@ Symbols: N images, B batch (--batch-size, over all processes), D feature size, P
     torchrun --nproc_per_node=8 deepcluster.py --data data/imagenet --arch vgg16 --k 10000   the paper's run
 
 What to expect: on digits, NMI of clusters and labels goes from 0.65 (random network) to 0.73 in 40 epochs, 20 s on
-2 cores. Nothing learnt: the loss stays at ln K. Collapse: one cluster holds most images, NMI to the previous epoch
-goes to 0 or jumps to 1. Stopped at any time, the same command goes on after the last epoch.
+2 cores; k-means on the pixels reaches 0.73, too. The loss leaves ln K after the first few epochs; staying there,
+nothing is learnt. Collapse: one cluster holds most images, NMI to the previous epoch goes to 0 or jumps to 1.
+Stopped at any time, the same command goes on after the last epoch.
 
 Departs from the paper and its code, on purpose:
- 1. Images are drawn uniformly over clusters as the paper says; the released code's draws follow the clusters' sizes
-    (it looks ids up in a re-ordered dataset). --balance none comes closest to that.
+ 1. Images are drawn uniformly over clusters as the paper says, for 500 epochs; the released code has 200, and its
+    draws follow the clusters' sizes, since it looks ids up in a re-ordered dataset (near to --balance none).
  2. An epoch's last incomplete batch is dropped. At the end images are clustered once more, for assignments.csv.
- 3. PCA is fitted on 65,536 images, or fewer, at most 2^28 numbers in all (the code: on all images); over 8192
-    columns its axes come from ten power iterations. PCA and k-means are sharded, and finite where features are dead.
- 4. On GPUs, training runs in bf16 autocast (the paper: float32; --no-amp); features, PCA and k-means in float32.
+ 3. PCA is fitted on 65,536 images, or as many as give 2^28 numbers (the code: all); over 8192 columns its axes come
+    from ten power iterations. PCA and k-means are sharded. NMI has the geometric mean (libraries: arithmetic).
+ 4. On GPUs, training runs in bf16 autocast (the paper: float32; --no-amp), features and k-means in float32.
  5. On several GPUs batch norm is over all of them (the paper: one GPU); several processes on CPUs each normalize
     their own part of a batch, and features are computed with process 0's statistics.
- 6. Crops of data in memory are bilinear without antialiasing. ResNets up to 64 pixels: 3x3 stem, no pooling.
- 7. Deep Dive: its code trains on center crops (--train-crop center), its text on random ones (ours); it starts a new
-    head in every cycle after halting (--reset-head), ours keeps it; its head has momentum, ours has none. Center
-    crops are cut to whole pixels before they are resized. Its small AlexNet: see PLANS in common.py.
+ 6. Random crops of data in memory are bilinear without antialiasing; center crops are cut to whole pixels before
+    they are resized. ResNets up to 64 pixels: 3x3 stem, no pooling.
+ 7. Deep Dive: its text trains on center crops with flips (--train-crop center), its code on random ones without
+    (--no-flip); ours: random, flipped. After halting its code starts a new head in every cycle (--reset-head), ours
+    keeps it; its head has momentum, ours has none. Its LeNet and small AlexNet: see PLANS in common.py.
  8. digits, mnist, cifar100-20 and stl10 have no recipe in either paper: theirs are ours. ResNet B's linear layers
     have the AlexNet's dropout (not printed).
 """
@@ -44,7 +46,7 @@ from pathlib import Path
 
 from common import (  # isort: skip
     ARCHS, Backbone, Loader, Meter, Run, View, all_gather, all_reduce_sum, autocast, baselines, check_finite,
-    cluster_sizes, error, extract, generator, hardware, he_init, is_main, kmeans, label_scores, load_data, make_parser,
+    cluster_sizes, error, extract, generator, he_init, is_main, kmeans, label_scores, load_data, make_parser,
     nearest, nmi, number, parallel, print_once, save_clusters, save_file, seed_epoch, setup, shard, to_device,
 )  # fmt: skip
 
@@ -57,7 +59,7 @@ from torch import nn
 # %% recipes and options
 # Data set (or data-arch) -> the hyper-parameters of the paper that used it. Flags override.
 
-CARON = {  # 3.4
+CARON = {  # 3.4, and its code
     "arch": "alexnet", "sobel": True, "epochs": 500, "batch_size": 256, "lr": 0.05, "wd": 1e-5, "momentum": 0.9,
     "pca": 256, "image_size": 224, "center_fraction": 0.875,
 }  # fmt: skip
@@ -96,15 +98,15 @@ def options(argv=None):
     g.add_argument("--momentum", type=number(float, 0, 1), help="of the encoder's SGD; the head has none [3.4, code]")
     g.add_argument("--image-size", type=number(int, 1, 4096), help="side of the square the network sees, in pixels [3.4, code]")
     g.add_argument("--center-fraction", type=number(float, 0.01, 1), help="share of the shorter side that a center crop keeps; 0.875: 224 of 256 pixels [3.4, code]")
-    g.add_argument("--train-crop", choices=["random", "center"], default="random", help="center: train on the crops that are clustered, flipped at random [Deep Dive, code]")
+    g.add_argument("--train-crop", choices=["random", "center"], default="random", help="center: train on the crops that are clustered [Deep Dive 3.3]")
     g.add_argument("--crop-area", type=number(float, 0.001, 1), default=0.08, help="smallest share of the image that a random crop keeps [3.4, code]")
     g.add_argument("--flip", action=YesNo, default=True, help="flip half of the training images horizontally [3.4]")
-    g.add_argument("--dropout", type=number(float, 0, 0.99), default=0.5, help="of the hidden linear layers [3.4]")
+    g.add_argument("--dropout", type=number(float, 0, 0.99), default=0.5, help="before the hidden linear layers of the AlexNets and ResNet B, between those of vgg16; none in lenet5 [3.4]")
     g.add_argument("--sobel", action=YesNo, help="filter images by Sobel's operator, without color [3.4]")
     g.add_argument("--resnet-head", choices=["A", "B"], help="A: K-way layer on the flattened map; B: two 4096 layers before it; None: B for resnet18, A for resnet50 [Local Aggregation, supplementary 2.2]")
     g = p.add_argument_group("DeepCluster")
     g.add_argument("--k", type=number(int, 1), help="clusters; some over-clustering helps [4.1]; not used by pic")
-    g.add_argument("--clustering", choices=["kmeans", "pic"], default="kmeans", help="pic: power iteration clustering, which finds K itself [3.2, supplementary]")
+    g.add_argument("--clustering", choices=["kmeans", "pic"], default="kmeans", help="pic: power iteration clustering, which finds K itself [1, supplementary]")
     g.add_argument("--pca", type=number(int, 0), help="dimensions kept and whitened before clustering; 0: none, unit length only [3.4]")
     g.add_argument("--balance", choices=["uniform", "loss", "none"], default="uniform", help="draw uniformly over clusters, weight the loss by 1/size instead, or neither [3.3]")
     g.add_argument("--reassign", type=number(int, 1), default=1, help="epochs of training per clustering [3.4]")
@@ -137,9 +139,7 @@ def make_encoder(args, channels):
     if not args.arch.startswith("resnet") or args.resnet_head == "A":
         return backbone, backbone
     if args.arch == "resnet50":
-        print_once(
-            "WARNING: ResNet-50 with head B collapses in its third epoch [Local Aggregation, suppl. 2.2]"
-        )
+        print_once("WARNING: ResNet-50 with head B becomes trivial [Local Aggregation, supplementary 2.2]")
     hidden = [nn.Dropout(args.dropout), nn.Linear(backbone.dim, 4096), nn.ReLU(inplace=True)]
     hidden = nn.Sequential(*hidden, nn.Dropout(args.dropout), nn.Linear(4096, 4096))
     he_init(hidden)
@@ -268,8 +268,8 @@ def power_iteration_clustering(ids, distance, sigma=0.2, a=0.001, iterations=200
 
 
 def cluster(encoder, loader, args, gen, sample=65536):
-    """Pseudo-labels of all images, on the CPU: assign (N,), distance to the centroid (N,), K, and what assigns a new
-    image, {"mean", "axes", "centroids"}, with "objective", the mean of the distances.
+    """Pseudo-labels of all images, on the CPU: assign (N,), squared distance to the centroid (N,), K, and what assigns
+    a new image, {"mean", "axes", "centroids"}, with "objective", the mean of the distances. PIC: zeros, and no such.
 
     PCA is fitted on `sample` images, at most 2^28 numbers; where there are more, images are projected as they are
     computed, so that (N, D) features never exist at once.
@@ -287,6 +287,7 @@ def cluster(encoder, loader, args, gen, sample=65536):
         )
     else:
         z = extract(encoder, loader, mine, lambda x: F.normalize(x, dim=1))
+    check_finite(z)
     if args.clustering == "pic":
         graph = neighbor_graph(z, all_gather(z), shard(n)[0])
         assign = power_iteration_clustering(*(all_gather(x).cpu() for x in graph))
@@ -319,10 +320,23 @@ def train(encoder, head, optimizer, batches, assign_all, weights, meter, args):
 
 # %% main
 
+SHOWN = (
+    "epoch",
+    "loss",
+    "ln_k",
+    "nmi_previous",
+    "nmi_labels",
+    "clusters",
+    "largest",
+    "seconds",
+)  # ln K: uniform
+
 
 def initial_alignment(args, data, loader, device):
     """Print IA(theta, K) = NMI(labels, clusters of the random network) over seeds [Deep Dive 4.1.1]."""
     values = []
+    if data.labels is None:
+        error("--initial-alignment compares with labels, and these images have none")
     for seed in range(args.seed, args.seed + args.initial_alignment):
         torch.manual_seed(seed)
         encoder = to_device(make_encoder(args, len(data.mean))[1], device)
@@ -339,7 +353,7 @@ def main():
         error(f"--k {args.k} is more than the {data}")
     loader = Loader(data, args.batch_size, args.image_size, args.center_fraction, device, args.workers)
     steps = len(data) // args.batch_size
-    print_once(f"{data}, {steps} steps an epoch, {hardware(args.device)}")
+    print_once(f"{data}, {steps} steps an epoch, on {device}")
     if args.initial_alignment:
         return initial_alignment(args, data, loader, device)
 
@@ -351,14 +365,12 @@ def main():
     center = args.center_fraction if args.train_crop == "center" else 0
     view = View(args.image_size, area=(args.crop_area, 1.0), center=center, flip=0.5 * args.flip)
 
-    run = Run("deepcluster", args, data, may_change={"epochs"})
+    run = Run("deepcluster", args, data, may_change={"epochs", "recipe"})
     if run.finished:
         return
     done, k, assign_all, untrained = 0, None, None, {}
     if run.state:
-        done, k, assign_all, untrained = (
-            run.state[name] for name in ("epoch", "k", "assign_all", "untrained")
-        )
+        done, k, assign_all, untrained = map(run.state.get, ("epoch", "k", "assign_all", "untrained"))
         encoder.load_state_dict(run.state["encoder"])
         optimizer.load_state_dict(run.state["optimizer"])
         head = make_head(encoder.dim, k, None).to(device)
@@ -367,17 +379,15 @@ def main():
     for epoch in range(done, args.epochs):
         began, gen, record = time.time(), seed_epoch(args.seed, epoch), {"epoch": epoch + 1}
         halted = 0 < args.halt_clustering <= epoch
-        anew = epoch % args.reassign == 0 and not halted
-        if anew:
+        recluster = epoch % args.reassign == 0 and not halted
+        if recluster:
             before = assign_all
             assign_all, _, k, model = cluster(encoder, loader, args, gen)
             scores = label_scores(data.labels, assign_all, data.unreadable)
             record |= {"objective": model["objective"], **scores}
-            if before is None:
-                untrained = scores
-            else:
-                record["nmi_previous"] = nmi(before, assign_all)
-        if anew or halted and args.reset_head:
+            record |= {"nmi_previous": nmi(before, assign_all)} if epoch else {}
+            untrained = untrained if epoch else scores
+        if recluster or halted and args.reset_head:
             # k-means numbers its clusters anew each epoch, so the old head is useless.
             head = make_head(encoder.dim, k, gen).to(device)
         record |= {**cluster_sizes(assign_all, k), "seconds_clustering": time.time() - began}
@@ -390,13 +400,8 @@ def main():
         meter = Meter(f"epoch {epoch + 1}/{args.epochs}", steps * loader.b)
         batches, targets = loader.train(order, [view]), assign_all.to(device)
         record["loss"] = train(compiled, head, optimizer, batches, targets, weights.to(device), meter, args)
-        record |= {
-            "ln_k": math.log(k),
-            "seconds": time.time() - began,
-        }  # ln K: the loss of a uniform prediction
-        run.log(
-            record, "epoch", "loss", "ln_k", "nmi_previous", "nmi_labels", "clusters", "largest", "seconds"
-        )
+        record |= {"ln_k": math.log(k), "seconds": time.time() - began}
+        run.log(record, *SHOWN)
         state = {
             "epoch": epoch + 1,
             "k": k,
