@@ -24,6 +24,7 @@ import sys
 import time
 import warnings
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache, partial
@@ -135,9 +136,9 @@ def is_main():
 
 
 def print_once(*words):
-    """Print on the main process only."""
+    """Print on the main process only; file names that are no text, too."""
     if is_main():
-        print(*words, flush=True)
+        print(*(str(word).encode(errors="replace").decode() for word in words), flush=True)
 
 
 def error(message):
@@ -243,7 +244,7 @@ class Images:
 def load_data(name, root="data"):
     """(train, test) as Images; test is None where the data has none. Ends with exit code 2 if it cannot be read.
 
-    name: one of SETS, or a folder of images: train/ and val/ (or test/), a folder per class, or without labels.
+    name: one of SETS, or a folder, see load_folder.
     """
     try:
         if name in SETS:
@@ -251,22 +252,14 @@ def load_data(name, root="data"):
             found = [load_set(name, root, split, download=True) for split in splits if first]
             all_reduce_sum(torch.zeros(1))  # one process of each machine downloads, the others wait
             train, test = found or [load_set(name, root, split) for split in splits]
-        elif os.path.isdir(name):
-            parts = {entry.name.lower(): entry.path for entry in os.scandir(name) if entry.is_dir()}
-            held_out = parts.get("val") or parts.get("test") if "train" in parts else None
-            train, test = load_folder(parts.get("train", name)), held_out and load_folder(held_out)
-            if test and (odd := sorted(set(train.classes) ^ set(test.classes))):
-                raise ValueError(
-                    f"only one of {parts['train']} and {held_out} has classes {', '.join(odd[:5])}"
-                )
         else:
-            raise ValueError(f"no such folder, and not one of {', '.join(SETS)}")
+            train, test = load_folder(name)
     except Exception as problem:
         error(f"--data {name}: {problem}")
     if train.pixels is not None:
         part = train.pixels[:: len(train) // 100_001 + 1] / 255
         train.mean = tuple(part.mean((0, 2, 3)).tolist())
-        train.std = tuple((part.std((0, 2, 3)) + 1e-6).tolist())
+        train.std = tuple(part.std((0, 2, 3)).clamp(min=1e-3).tolist())
     if test:
         test.mean, test.std = train.mean, train.std
     return train, test
@@ -303,44 +296,58 @@ def load_digits(split):
 
 
 def load_folder(folder):
-    """Images of one folder, labelled by its sub-folders if there are several and most images lie in them.
+    """(train, test) of a folder: train/ and val/ (or test/) in it; or all its images, and None.
 
-    Empty sub-folders are no classes. Files of one size of at most 96 pixels are decoded into memory.
+    Images are labelled by the sub-folders, if there are several and most images lie in them; a single one is taken
+    for the folder itself. Empty ones are no classes. Files of one size of at most 96 pixels are decoded into memory.
     """
-    left_out, entries = [], [entry for entry in os.scandir(folder) if entry.name[0] != "."]
-    parts = sorted(entry.path for entry in entries if entry.is_dir())
-    seen = {os.path.realpath(part) for part in (folder, *parts)}  # so a link leads to no other class
-    found = {part: images for part in parts if (images := list_images(part, seen, left_out))}
-    beside = list_images(folder, seen, left_out)
-    if len(found) == 1 and not beside:  # images/CLASS/..
-        return load_folder(*found)
-    paths, labels = [path for images in found.values() for path in images], None
-    if len(found) > 1 and len(paths) > len(beside):
-        labels = torch.tensor([c for c, images in enumerate(found.values()) for _ in images])
+    if not os.path.isdir(folder):
+        raise ValueError(f"no such folder, and not one of {', '.join(SETS)}")
+    parts = {entry.name.lower(): entry.path for entry in os.scandir(folder) if entry.is_dir()}
+    if "train" in parts:
+        held_out = parts.get("val") or parts.get("test")
+        print_once(f"{folder}: train is {parts['train']}, test is {held_out}; nothing else in it is read")
+        train, test = load_folder(parts["train"])[0], held_out and load_folder(held_out)[0]
+        if test and (odd := sorted(set(train.classes) ^ set(test.classes))):
+            raise ValueError(f"only one of {parts['train']} and {held_out} has classes {', '.join(odd[:5])}")
+        return train, test
+    left_out, labels = [], None
+    paths = list_images(folder, os.path.realpath(folder), set(), left_out)
+    below = [path.removeprefix(folder).lstrip("/").split("/") for path in paths]
+    classes = sorted({names[0] for names in below if len(names) > 1})
+    beside = [path for path, names in zip(paths, below, strict=True) if len(names) == 1]
+    if classes and 2 * len(beside) < len(paths):
         left_out += beside
-    else:
-        paths, found = sorted(paths + beside), {}
+        paths = [path for path, names in zip(paths, below, strict=True) if len(names) > 1]
+        labels = torch.tensor([classes.index(names[0]) for names in below if len(names) > 1])
     if left_out:
         print_once(f"{folder}: {len(left_out)} files left out, no images or in no class: {left_out[0]}, ..")
-    data = Images(folder, None, paths, labels, [os.path.basename(part) for part in found])
+    if labels is not None and len(classes) == 1:
+        return load_folder(os.path.join(folder, classes[0]))
+    data = Images(folder, None, paths, labels, classes if labels is not None else [])
     decode_small(data)
     if len(data.unreadable) == len(paths):
         raise ValueError(f"no images in {folder}, or none that can be read")
-    return data
+    return data, None
 
 
-def list_images(folder, seen, left_out):
-    """Paths of the images below a folder, by name; other files are added to the list left_out. Hidden files and run
-    folders are passed over, and folders whose real path is in the set `seen`, so that each is entered once."""
+def list_images(folder, root, seen, left_out):
+    """Paths of the images below a folder, by name; other files are added to the list left_out.
+
+    Hidden files and run folders are passed over. Links are followed once, and not to what lies below the real path
+    `root` anyway; `seen` is the set of real paths that were.
+    """
     images, entries = [], [entry for entry in os.scandir(folder) if entry.name[0] != "."]
-    if any(entry.name == "log.jsonl" for entry in entries):
-        return images
     for entry in sorted(entries, key=lambda entry: entry.name):
-        if entry.is_file():
-            (images if entry.name.lower().endswith(SUFFIXES) else left_out).append(entry.path)
-        elif entry.is_dir() and (real := os.path.realpath(entry)) not in seen:
+        if not entry.is_dir():
+            known = entry.is_file() and entry.name.lower().endswith(SUFFIXES)
+            (images if known else left_out).append(entry.path)
+            continue
+        real = os.path.realpath(entry)
+        known = real in seen or entry.is_symlink() and f"{real}/".startswith(f"{root}/")
+        if not known and not os.path.exists(f"{entry.path}/log.jsonl"):
             seen.add(real)
-            images += list_images(entry.path, seen, left_out)
+            images += list_images(entry.path, root, seen, left_out)
     return images
 
 
@@ -349,7 +356,7 @@ def decode_small(data, side=96, limit=2**29):
     pixels, unreadable = None, set()
     for i, path in enumerate(data.paths):
         try:
-            image = v2.functional.pil_to_tensor(open_image(path))
+            image = v2.functional.pil_to_tensor(open_image(path, side + 1))
         except Exception:
             unreadable.add(i)
             continue
@@ -360,7 +367,7 @@ def decode_small(data, side=96, limit=2**29):
         pixels[i] = image
     data.pixels, data.unreadable = pixels, unreadable
     for i in unreadable:
-        print_once(f"WARNING: cannot read {data.paths[i]}: taken as black, left out of assignments.csv")
+        print_once(f"WARNING: cannot read {data.paths[i]!r}, which is taken as black")
 
 
 def open_image(path, side=0):
@@ -369,16 +376,18 @@ def open_image(path, side=0):
     side: a JPEG may come at 1/2, 1/4 or 1/8 of its size, in less time, but not below this many pixels. Grays of 16
     bits or floats are scaled by the file's own range, or by 0..65535 if they use most of it.
     """
-    with warnings.catch_warnings(), Image.open(path) as image:
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
         if side:
             image.draft(None, (side, side))
-        image = ImageOps.exif_transpose(image)
+        image.load()
+        with suppress(Exception):  # damaged EXIF
+            image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
-        gray = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
-        full = image.mode[0] == "I" and np.ptp(gray) > 2**15
-        low, high = (0, 2**16 - 1) if full else (gray.min(), gray.max())
-        gray = (gray - low) * (255 / max(high - low, 1e-12))
+        gray = np.asarray(image, dtype=np.float64)
+        low, high = gray[np.isfinite(gray)].min(), gray[np.isfinite(gray)].max()
+        if image.mode[0] == "I" and low >= 0 and 2**15 < high - low < 2**16:
+            low, high = 0, 2**16 - 1
+        gray = np.nan_to_num((gray - low) * (255 / max(high - low, 1e-12)), posinf=255, neginf=0)
         image = Image.fromarray(gray.round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -448,10 +457,7 @@ class Loader:
             for part, crops, readable in self.files:
                 for i in set(part[~readable].tolist()) - self.data.unreadable:
                     self.data.unreadable.add(i)
-                    print(
-                        f"WARNING: cannot read {self.data.paths[i]}: taken as black, left out of assignments.csv",
-                        flush=True,
-                    )
+                    print(f"WARNING: cannot read {self.data.paths[i]!r}, which is taken as black", flush=True)
                 yield (
                     part.to(self.device, non_blocking=True),
                     [x.to(self.device, non_blocking=True) / 255 for x in crops],
@@ -616,7 +622,9 @@ class Backbone(nn.Module):
             self.net = make(arch, cin, image_size, *more)
             with torch.no_grad():
                 self.dim = self.eval()(torch.zeros(1, channels, image_size, image_size)).shape[1]
-        except RuntimeError:
+        except RuntimeError as problem:
+            if "size" not in str(problem):
+                raise
             error(f"--image-size {image_size} is too small for {arch}: nothing is left of the map")
         self.train()
 
@@ -954,7 +962,7 @@ class Run:
         if shown:
             found = [(name, record[name]) for name in shown if name in record]
             print_once(
-                "  ".join(f"{name} {x:.3f}" if isinstance(x, float) else f"{name} {x}" for name, x in found)
+                "  ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in found)
             )
         if is_main():
             with open(self.log_path, "a") as file:

@@ -27,7 +27,7 @@ Departs from the paper and its code, on purpose:
  2. An epoch's last incomplete batch is dropped. At the end images are clustered once more, for assignments.csv.
  3. PCA is fitted on 65,536 images, or as many as give 2^28 numbers (the code: all); over 8192 columns its axes come
     from ten power iterations. PCA and k-means are sharded. NMI has the geometric mean (libraries: arithmetic).
- 4. On GPUs, training runs in bf16 autocast (the paper: float32; --no-amp), features and k-means in float32.
+ 4. On GPUs, training runs in bf16 autocast (the paper: float32; --no-amp), features in TF32, k-means in float32.
  5. On several GPUs batch norm is over all of them (the paper: one GPU); several processes on CPUs each normalize
     their own part of a batch, and features are computed with process 0's statistics.
  6. Random crops of data in memory are bilinear without antialiasing; center crops are cut to whole pixels before
@@ -191,8 +191,8 @@ def pca(x, p, gen):
 
 
 def whiten(x, mean, axes):
-    """Unit rows of z = V^T (x - mean) / sqrt(lambda): (n, D) -> (n, P)."""
-    return F.normalize((x - mean) @ axes, dim=1)
+    """Unit rows of z = V^T (x - mean) / sqrt(lambda): (n, D) -> (n, P); axes None: of x itself."""
+    return F.normalize(x if axes is None else (x - mean) @ axes, dim=1)
 
 
 def uniform_over_clusters(assign, gen):
@@ -274,26 +274,28 @@ def cluster(encoder, loader, args, gen, sample=65536):
     PCA is fitted on `sample` images, at most 2^28 numbers; where there are more, images are projected as they are
     computed, so that (N, D) features never exist at once.
     """
-    n, sample, mean, axes = len(loader.data), min(sample, max(args.pca, 2**28 // encoder.dim)), None, None
-    mine = torch.arange(*shard(n))
-    if args.pca:
-        chosen = mine if n <= sample else torch.randperm(n, generator=gen)[slice(*shard(sample))]
-        x = extract(encoder, loader, chosen)
-        mean, axes = pca(x, args.pca, gen)
-        z = (
-            whiten(x, mean, axes)
-            if n <= sample
-            else extract(encoder, loader, mine, lambda x: whiten(x, mean, axes))
-        )
-    else:
-        z = extract(encoder, loader, mine, lambda x: F.normalize(x, dim=1))
+    n, sample = len(loader.data), min(sample, max(args.pca, 2**28 // encoder.dim))
+    mine, enough = torch.arange(*shard(n)), not args.pca or n <= sample  # enough: no need to choose
+    chosen = mine if enough else torch.randperm(n, generator=gen)[slice(*shard(sample))]
+    x = extract(encoder, loader, chosen)  # (n, D), or the sample's
+    check_finite(x)
+    mean, axes = pca(x, args.pca, gen) if args.pca else (None, None)
+    z = (
+        whiten(x, mean, axes) if enough else extract(encoder, loader, mine, lambda x: whiten(x, mean, axes))
+    )  # (n, P)
     check_finite(z)
     if args.clustering == "pic":
         graph = neighbor_graph(z, all_gather(z), shard(n)[0])
         assign = power_iteration_clustering(*(all_gather(x).cpu() for x in graph))
-        return assign, torch.zeros(n), int(assign.max()) + 1, {"objective": None}
+        return assign, torch.zeros(n), int(assign.max()) + 1, {"centroids": None, "objective": None}
     assign, distance, centroids, objective = kmeans(z, args.k, gen)
-    model = {"mean": mean, "axes": axes, "centroids": centroids, "objective": objective}
+    model = {
+        "clustering": "kmeans",
+        "mean": mean,
+        "axes": axes,
+        "centroids": centroids,
+        "objective": objective,
+    }
     return all_gather(assign).cpu(), all_gather(distance).cpu(), args.k, model
 
 
@@ -320,16 +322,8 @@ def train(encoder, head, optimizer, batches, assign_all, weights, meter, args):
 
 # %% main
 
-SHOWN = (
-    "epoch",
-    "loss",
-    "ln_k",
-    "nmi_previous",
-    "nmi_labels",
-    "clusters",
-    "largest",
-    "seconds",
-)  # ln K: uniform
+# Shown of each epoch; ln K is the loss of a uniform prediction.
+SHOWN = ("epoch", "loss", "ln_k", "nmi_previous", "nmi_labels", "clusters", "seconds")
 
 
 def initial_alignment(args, data, loader, device):
@@ -340,9 +334,10 @@ def initial_alignment(args, data, loader, device):
     for seed in range(args.seed, args.seed + args.initial_alignment):
         torch.manual_seed(seed)
         encoder = to_device(make_encoder(args, len(data.mean))[1], device)
-        values.append(nmi(data.labels, cluster(encoder, loader, args, generator(seed, 0))[0]))
+        assign, _, k, _ = cluster(encoder, loader, args, generator(seed, 0))
+        values.append(label_scores(data.labels, assign, data.unreadable)["nmi_labels"])
         print_once(f"seed {seed}  initial alignment {values[-1]:.4f}")
-    print_once(f"K = {args.k}: median {np.median(values):.4f}, min {min(values):.4f}, max {max(values):.4f}")
+    print_once(f"K = {k}: median {np.median(values):.4f}, min {min(values):.4f}, max {max(values):.4f}")
 
 
 def main():
