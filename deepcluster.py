@@ -275,27 +275,21 @@ def cluster(encoder, loader, args, gen, sample=65536):
     computed, so that (N, D) features never exist at once.
     """
     n, sample = len(loader.data), min(sample, max(args.pca, 2**28 // encoder.dim))
-    mine, enough = torch.arange(*shard(n)), not args.pca or n <= sample  # enough: no need to choose
+    mine, enough = torch.arange(*shard(n)), not args.pca or n <= sample
     chosen = mine if enough else torch.randperm(n, generator=gen)[slice(*shard(sample))]
     x = extract(encoder, loader, chosen)  # (n, D), or the sample's
     check_finite(x)
     mean, axes = pca(x, args.pca, gen) if args.pca else (None, None)
-    z = (
-        whiten(x, mean, axes) if enough else extract(encoder, loader, mine, lambda x: whiten(x, mean, axes))
-    )  # (n, P)
-    check_finite(z)
+    z = whiten(x, mean, axes)  # (n, P)
+    if not enough:
+        z = extract(encoder, loader, mine, lambda x: whiten(x, mean, axes))
     if args.clustering == "pic":
+        check_finite(z)
         graph = neighbor_graph(z, all_gather(z), shard(n)[0])
         assign = power_iteration_clustering(*(all_gather(x).cpu() for x in graph))
         return assign, torch.zeros(n), int(assign.max()) + 1, {"centroids": None, "objective": None}
     assign, distance, centroids, objective = kmeans(z, args.k, gen)
-    model = {
-        "clustering": "kmeans",
-        "mean": mean,
-        "axes": axes,
-        "centroids": centroids,
-        "objective": objective,
-    }
+    model = {"mean": mean, "axes": axes, "centroids": centroids, "objective": objective}
     return all_gather(assign).cpu(), all_gather(distance).cpu(), args.k, model
 
 

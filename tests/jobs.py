@@ -37,7 +37,7 @@ def child(job, rank, port):
     for number, name in ((0, os.devnull), (1, f"out.{rank}"), (2, f"err.{rank}")):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC * (number > 0)), number)
     if job["world"] > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["world"]),
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["world"]), LOCAL_WORLD_SIZE=str(job["world"]),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     sys.argv, code = job["argv"], 0
     try:
