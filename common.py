@@ -135,10 +135,10 @@ def is_main():
     return rank_and_world()[0] == 0
 
 
-def print_once(*words):
+def print_once(*words, sep=" "):
     """Print on the main process only; file names that are no text, too."""
     if is_main():
-        print(*(str(word).encode(errors="replace").decode() for word in words), flush=True)
+        print(sep.join(map(str, words)).encode(errors="replace").decode(), flush=True)
 
 
 def error(message):
@@ -458,10 +458,8 @@ class Loader:
                 for i in set(part[~readable].tolist()) - self.data.unreadable:
                     self.data.unreadable.add(i)
                     print(f"WARNING: cannot read {self.data.paths[i]!r}, which is taken as black", flush=True)
-                yield (
-                    part.to(self.device, non_blocking=True),
-                    [x.to(self.device, non_blocking=True) / 255 for x in crops],
-                )
+                crops = [x.to(self.device, non_blocking=True) / 255 for x in crops]
+                yield part.to(self.device, non_blocking=True), crops
         except RuntimeError as problem:
             if "DataLoader worker" not in str(problem):
                 raise
@@ -720,7 +718,7 @@ def nearest(queries, keys, k=1, inner=False):
     metric, gpu = faiss.METRIC_INNER_PRODUCT if inner else faiss.METRIC_L2, queries.device.index
     if not queries.is_cuda:
         values, ids = faiss.knn(queries, keys, k, metric=metric)
-    elif k <= 2048 and getattr(faiss, "get_num_gpus", int)() > 0:  # knn_gpu without a GPU ends the process
+    elif k <= 2048 and faiss.get_num_gpus() > 0:  # knn_gpu without a GPU ends the process
         values, ids = faiss.knn_gpu(gpu_resources(), queries, keys, k, metric=metric, device=gpu)
     else:
         values, ids = nearest_by_torch(queries, keys, k, inner)
@@ -764,7 +762,7 @@ def kmeans(x, k, gen, iterations=20):
     centroids = all_reduce_sum(centroids)  # each row comes from the one process that owns it
     own = x.new_zeros(
         k + 1, x.shape[1], dtype=torch.float64
-    )  # sums of this process's rows; the last: of no cluster yet
+    )  # this process's sums; the last: of no cluster yet
     assign = torch.full((len(x),), k, device=x.device)
     for _ in range(iterations):
         before, assign = assign, nearest(x, centroids)[1][:, 0]
@@ -845,9 +843,7 @@ def cluster_sizes(assign, k):
     counts = torch.bincount(assign, minlength=k)
     used = counts[counts > 0]
     if used.max() > 0.5 * len(assign):
-        print_once(
-            f"WARNING: a trivial solution: {used.max() / len(assign):.0%} of the images in one cluster"
-        )
+        print_once(f"WARNING: trivial solution: {used.max() / len(assign):.0%} of the images in one cluster")
     sizes = {"clusters": len(used), "empty": k - len(used)}
     return {**sizes, "smallest": int(used.min()), "largest": int(used.max())}
 
@@ -915,26 +911,11 @@ class Run:
             error(f"--out {self.out} holds another run ({', '.join(odd)}): use another --out, or --overwrite")
         self.finished = False
         if not self.state:
-            failed, commit = subprocess.getstatusoutput(
-                f"git -C '{Path(__file__).parent}' describe --always --dirty"
-            )
-            what = {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "args": vars(args)}
-            what["commit"] = None if failed else commit
-            what["versions"] = {m.__name__: m.__version__ for m in (torch, torchvision, faiss, np)}
-            what["hardware"] = (
-                torch.cuda.get_device_name() if torch.cuda.is_available() else os.uname().machine
-            )
-            what |= {
-                "processes": rank_and_world()[1],
-                "threads": torch.get_num_threads(),
-                "images": len(data),
-            }
-            return self.log(what)
+            return self.log(what_runs(args, data))
         last = ["", *self.log_path.read_text().splitlines(keepends=True)][-1]
         self.finished = '"result"' in last and last[-1] == "\n" and self.state["epoch"] >= args.epochs
-        print_once(
-            f"{self.out}: {self.state['epoch']} epochs are done; " + (last if self.finished else "going on")
-        )
+        said = last if self.finished else "going on"
+        print_once(f"{self.out}: {self.state['epoch']} epochs are done; {said}")
         if is_main() and not self.finished:  # what was logged after the checkpoint will happen again
             os.truncate(self.log_path, min(self.state["log_bytes"], self.log_path.stat().st_size))
 
@@ -959,11 +940,9 @@ class Run:
 
     def log(self, record, *shown):
         """Append one JSON object to log.jsonl; print those of its entries whose names are `shown`."""
-        if shown:
-            found = [(name, record[name]) for name in shown if name in record]
-            print_once(
-                "  ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in found)
-            )
+        found = {name: record[name] for name in shown if name in record}
+        words = [f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in found.items()]
+        print_once(*words, sep="  ") if words else None
         if is_main():
             with open(self.log_path, "a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -980,9 +959,24 @@ class Run:
             save_file(self.out / "backbone.pt", {"state_dict": backbone.net.state_dict(), "meta": meta})
 
 
+def what_runs(args, data):
+    """Command, arguments, versions, commit, hardware and data, for a log's first record."""
+    git = f"git -C '{Path(__file__).parent}' describe --always --dirty"
+    failed, commit = subprocess.getstatusoutput(git)
+    gpu = torch.cuda.is_available()
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "args": vars(args),
+        "commit": None if failed else commit,
+        "versions": {m.__name__: m.__version__ for m in (torch, torchvision, faiss, np)},
+        "hardware": torch.cuda.get_device_name() if gpu else f"CPU ({os.uname().machine})",
+        "processes": rank_and_world()[1],
+        "images": len(data),
+    }
+
+
 def save_file(path, state, keep=False):
-    """torch.save on the main process, which survives a kill at any moment; keep: the file before it stays as
-    NAME.prev.pt."""
+    """torch.save, on the main process, that survives a kill; keep: the file before it stays as NAME.prev.pt."""
     if not is_main():
         return
     temporary = path.with_suffix(".tmp")
@@ -1064,9 +1058,8 @@ def draw_clusters(path, loader, assign, distance, rows=10, columns=10):
         images = torch.cat([x for _, x in loader.test(best)]) * loader.std + loader.mean
         images = images[:, : 3 if images.shape[1] > 2 else 1]  # of any number of channels
         images = torch.cat([images, images.new_ones(columns - len(best), *images.shape[1:])]).clamp(0, 1)
-        axis.imshow(
-            torchvision.utils.make_grid(images, nrow=columns, pad_value=1).permute(1, 2, 0).cpu().numpy()
-        )
+        row = torchvision.utils.make_grid(images, nrow=columns, pad_value=1)
+        axis.imshow(row.permute(1, 2, 0).cpu().numpy())
         axis.set_ylabel(f"{c}\n{counts[c]} images", rotation=0, ha="right", va="center")
         axis.set(xticks=[], yticks=[], frame_on=False)
     figure.savefig(path, bbox_inches="tight")
