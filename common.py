@@ -13,6 +13,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
+import copy
 import csv
 import fcntl
 import hashlib
@@ -156,10 +157,12 @@ def all_reduce_sum(x):
     return x
 
 
-def all_gather(x):
-    """Concatenate x (n, ..) over the processes, whose n may differ; no gradient."""
-    sizes = [torch.tensor([0]) for _ in range(rank_and_world()[1])]
-    dist.all_gather(sizes, torch.tensor([len(x)]))
+def all_gather(x, equal=False):
+    """Concatenate x (n, ..) over the processes, no gradient; n may differ, unless told that it is equal, which saves
+    asking, as in a step."""
+    sizes = [torch.tensor([len(x) * equal]) for _ in range(rank_and_world()[1])]
+    if not equal:
+        dist.all_gather(sizes, torch.tensor([len(x)]))
     padded = x.new_zeros(int(max(sizes)), *x.shape[1:])
     padded[: len(x)] = x.detach()
     parts = [torch.empty_like(padded) for _ in sizes]
@@ -235,6 +238,10 @@ class Images:
 
     def __len__(self):
         return len(self.paths or self.pixels)
+
+    def without_unreadable(self, x):
+        """x (N,) int64, with -1 for files that could not be read."""
+        return x.index_fill(0, torch.tensor(sorted(self.unreadable), dtype=torch.int64), -1)
 
     def __str__(self):
         digits = self.name == "digits" and not os.path.isdir("data/imagenet")
@@ -415,13 +422,13 @@ class Files(Dataset):
 class Loader:
     """Batches of a split, from memory or from files; an image's position never leaves its side."""
 
-    def __init__(self, data, batch_size, size, center, device, workers):
-        """batch_size: over all processes; size, center: of test crops, see View."""
+    def __init__(self, data, batch_size, size, center, device, workers, training=True):
+        """batch_size: over all processes; size, center: of test crops, see View; training: or may images be fewer?"""
         self.data, self.device, self.world = data, device, rank_and_world()[1]
         self.b, rest = divmod(batch_size, self.world)  # images of this process in a batch
         if rest:
             error(f"--batch-size {batch_size} is no multiple of the {self.world} processes")
-        if batch_size > len(data):
+        if training and batch_size > len(data):
             error(f"--batch-size {batch_size} is more than the {data}")
         self.mean, self.std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in (data.mean, data.std))
         self.center = View(size, center=center, flip=0.0)
@@ -676,6 +683,24 @@ def he_init(net):
             nn.init.zeros_(m.bias)
 
 
+def pixel_net(size):
+    """The images themselves, shrunk to at most 32x32 pixels, as features: what a network has to beat."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(min(32, size)), nn.Flatten())
+
+
+@torch.no_grad()
+def fill_batch_norm(net, loader):
+    """A copy of a random network with the batch-norm statistics of the first 256 images. Without them batch norm does
+    nothing in evaluation mode, maps shrink or grow from layer to layer, and the network looks worse than it is."""
+    net = copy.deepcopy(net).train()
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0  # keep nothing of the 0 and 1 that are there
+    first = torch.arange(min(256, len(loader.data)))
+    net(torch.cat([images for _, images in loader.test(first)]))
+    return net
+
+
 @torch.no_grad()
 def extract(net, loader, index, then=lambda x: x):
     """Center-crop features (n, D) of this process's images `index`, in evaluation mode and float32.
@@ -826,14 +851,36 @@ def label_scores(labels, assign, left_out=()):
     return {"nmi_labels": nmi(labels, assign), "acc_labels": accuracy, "ari_labels": ari}
 
 
+def knn_accuracy(queries, target, bank, labels, temperature=0.07):
+    """{knn_1, knn_200}: share of the queries whose class the K nearest rows of the bank tell, each of them with a
+    vote of exp(cosine / 0.07) [Wu et al. 2018, 3.4].
+
+    queries (q, D) with classes target (q,), bank (n, D) with classes labels (n,): this process's parts, rows of unit
+    length. Class -1, of files that could not be read: neither asked nor heard.
+    """
+    target, labels = target.to(queries.device), labels.to(bank.device)
+    if (labels < 0).any():
+        bank, labels = bank[labels >= 0], labels[labels >= 0]
+    queries, target = all_gather(queries), all_gather(target)
+    similarity, ids = nearest(queries, bank, 200, inner=True)  # in each process's part, then in all of them
+    similarity, votes = all_gather(similarity.T).T, all_gather(labels[ids].T).T
+    similarity, best = similarity.topk(min(200, similarity.shape[1]), 1)
+    votes, weight, known = votes.gather(1, best), (similarity / temperature).exp(), target >= 0
+    found = {}
+    for k in (1, 200):
+        sums = weight.new_zeros(len(queries), int(max(votes.max(), target.max())) + 1)
+        classes = sums.scatter_add_(1, votes[:, :k], weight[:, :k]).argmax(1)
+        found[f"knn_{k}"] = float((classes == target)[known].double().mean())
+    return found
+
+
 def baselines(loader, k, gen):
     """What any K clusters of these images have to beat, as label_scores: {"pixels": k-means on the center crops
-    themselves, at most 32x32 pixels; "chance": a random assignment}; nothing without labels or over 100,000 images."""
+    themselves, see pixel_net; "chance": a random assignment}; nothing without labels or over 100,000 images."""
     n, labels = len(loader.data), loader.data.labels
     if labels is None or n > 100_000:
         return {}
-    shrink = nn.AdaptiveAvgPool2d(32) if loader.center.size > 32 else nn.Identity()
-    x = extract(nn.Sequential(shrink, nn.Flatten()), loader, torch.arange(*shard(n)))
+    x = extract(pixel_net(loader.center.size), loader, torch.arange(*shard(n)))
     found = {"pixels": all_gather(kmeans(x, k, gen)[0]), "chance": torch.randint(k, (n,), generator=gen)}
     return {name: label_scores(labels, assign, loader.data.unreadable) for name, assign in found.items()}
 
@@ -947,16 +994,18 @@ class Run:
             with open(self.log_path, "a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def save(self, state, backbone, loader):
+    def save(self, state, backbone, loader, **more):
         """checkpoint.pt; and backbone.pt, a Backbone alone: {"state_dict": torchvision's names, "meta": how to build
-        and feed it}."""
+        and feed it}, and what more a method has, like the layer behind it."""
         if is_main():
             state = {**state, "config": self.config, "log_bytes": self.log_path.stat().st_size}
             save_file(self.out / "checkpoint.pt", state, keep=not self.damaged)
             self.damaged, data = False, loader.data
             meta = {**backbone.meta, "method": self.method, "center_fraction": loader.center.center}
             meta |= {"data": data.name, "mean": list(data.mean), "std": list(data.std)}
-            save_file(self.out / "backbone.pt", {"state_dict": backbone.net.state_dict(), "meta": meta})
+            save_file(
+                self.out / "backbone.pt", {"state_dict": backbone.net.state_dict(), "meta": meta, **more}
+            )
 
 
 def what_runs(args, data):
@@ -1033,7 +1082,7 @@ def save_clusters(out, loader, assign, distance):
     """
     if not is_main():
         return
-    assign = assign.index_fill(0, torch.tensor(sorted(loader.data.unreadable), dtype=torch.int64), -1)
+    assign = loader.data.without_unreadable(assign)
     names = loader.data.paths or range(len(assign))
     clusters = ["unreadable" if c < 0 else c for c in assign.tolist()]
     with open(out / "assignments.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
