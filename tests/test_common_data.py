@@ -558,5 +558,5 @@ list(loader.test(torch.arange(64)))
     run = launch(code, world=1, limit=30)
     if run.codes == [77]:
         pytest.skip("only root may mount another /dev/shm")
-    (line,) = [line for line in run.err[0].splitlines() if line.startswith("script.py: ")]
+    (line,) = [line for line in run.err[0].splitlines() if "script.py: " in line]
     assert run.codes == [2] and "Traceback" not in run.err[0] and "/dev/shm" in line and "--workers 0" in line
