@@ -415,13 +415,13 @@ class Files(Dataset):
 class Loader:
     """Batches of a split, from memory or from files; an image's position never leaves its side."""
 
-    def __init__(self, data, batch_size, size, center, device, workers):
-        """batch_size: over all processes; size, center: of test crops, see View."""
+    def __init__(self, data, batch_size, size, center, device, workers, training=True):
+        """batch_size: over all processes; size, center: of test crops, see View; training: or may images be fewer?"""
         self.data, self.device, self.world = data, device, rank_and_world()[1]
         self.b, rest = divmod(batch_size, self.world)  # images of this process in a batch
         if rest:
             error(f"--batch-size {batch_size} is no multiple of the {self.world} processes")
-        if batch_size > len(data):
+        if training and batch_size > len(data):
             error(f"--batch-size {batch_size} is more than the {data}")
         self.mean, self.std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in (data.mean, data.std))
         self.center = View(size, center=center, flip=0.0)
@@ -479,6 +479,8 @@ class View:
     area: tuple = (0.08, 1.0)  # share of the image that a random crop keeps
     ratio: tuple = (3 / 4, 4 / 3)  # width / height of the crop
     center: float = 0.0  # > 0: a center crop of this share of the shorter side instead
+    square: float = 0.0  # > 0: a random square of this share of the shorter side instead (AlexNet)
+    central: bool = False  # random crops of the middle square alone
     flip: float = 0.5
     jitter: tuple = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue; only where C = 3
     jitter_p: float = 0.8
@@ -488,22 +490,31 @@ class View:
 
     def crop_file(self, image):
         """A crop of an image of Pillow, antialiased, perhaps flipped: uint8 (3, S, S)."""
-        random = v2.RandomResizedCrop(self.size, self.area, self.ratio)
+        if self.central:
+            image = v2.functional.center_crop(image, [min(image.size)] * 2)
+        random = v2.RandomResizedCrop(self.size, *self.shape(*image.size))
         image = center_crop(image, self.size, self.center) if self.center else random(image)
         return v2.functional.pil_to_tensor(v2.RandomHorizontalFlip(self.flip)(image))
+
+    def shape(self, height, width):
+        """Ranges of the area, as a share of an image of this size, and of the ratio of random crops."""
+        share = (self.square * min(height, width)) ** 2 / (height * width)
+        return ((share, share), (1.0, 1.0)) if self.square else (self.area, self.ratio)
 
     def crop(self, pixels):
         """Crops of uint8 pixels (b, C, H, W), some flipped, random ones not antialiased: (b, C, S, S) in 0..1.
 
         Drawn as torchvision's: whole pixels, the first of ten tries that fits; if none does, cut to the image.
         """
+        if self.central:
+            pixels = v2.functional.center_crop(pixels, [min(pixels.shape[2:])] * 2)
         (height, width), rand = pixels.shape[2:], partial(torch.rand, len(pixels), device=pixels.device)
-        flip = rand(1) < self.flip
+        flip, (share, ratio) = rand(1) < self.flip, self.shape(height, width)
         if self.center:
             crops = center_crop(pixels, self.size, self.center) / 255
             return torch.where(flip[:, :, None, None], crops.flip(3), crops)
-        area = height * width * (self.area[0] + rand(10) * (self.area[1] - self.area[0]))  # (b, 10) tries
-        ratio = self.ratio[0] * (self.ratio[1] / self.ratio[0]) ** rand(10)
+        area = height * width * (share[0] + rand(10) * (share[1] - share[0]))  # (b, 10) tries
+        ratio = ratio[0] * (ratio[1] / ratio[0]) ** rand(10)
         h, w = (area / ratio).sqrt().round().clamp(min=1), (area * ratio).sqrt().round().clamp(min=1)
         first = ((h <= height) & (w <= width)).byte().argmax(1, keepdim=True)
         h, w = h.gather(1, first).clamp(max=height), w.gather(1, first).clamp(max=width)  # (b, 1)
@@ -677,6 +688,19 @@ def he_init(net):
 
 
 @torch.no_grad()
+def fill_batch_norm(net, loader, index):
+    """Give a random network the batch-norm statistics of the images `index`, the same on all processes.
+
+    With those it starts with, 0 and 1, batch norm does nothing in evaluation mode: maps shrink or grow from layer to
+    layer, and the network looks worse than it is.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0  # keep nothing of the 0 and 1
+    net.train()(torch.cat([images for _, images in loader.test(index)]))
+
+
+@torch.no_grad()
 def extract(net, loader, index, then=lambda x: x):
     """Center-crop features (n, D) of this process's images `index`, in evaluation mode and float32.
 
@@ -824,6 +848,35 @@ def label_scores(labels, assign, left_out=()):
     accuracy = float(table[linear_sum_assignment(table, maximize=True)].sum() / len(labels))
     ari = float(adjusted_rand_score(labels, assign))
     return {"nmi_labels": nmi(labels, assign), "acc_labels": accuracy, "ari_labels": ari}
+
+
+def knn_accuracy(queries, target, parts, ks=(1, 200), temperature=0.07):
+    """{K: share of the queries whose class their K nearest rows of the bank tell}, each with a vote of exp(cosine / 0.07)
+    [Wu et al. 2018, 3.4].
+
+    queries (n, D) with classes target (n,), and parts of the bank, pairs of rows (m, D) and their classes (m,): this
+    process's, rows of unit length. A class below 0, of a file that could not be read, is neither asked nor heard.
+    """
+
+    def nearest_first(cosines, classes):
+        cosines, order = cosines.topk(min(max(ks), cosines.shape[1]), 1)
+        return cosines, classes.gather(1, order)
+
+    queries, target = all_gather(queries), all_gather(target.to(queries.device))
+    cosines, classes = queries[:, :0], target[:, None][:, :0]
+    for rows, labels in parts:
+        rows, labels = rows[labels >= 0], labels[labels >= 0].to(rows.device)
+        if len(rows):
+            values, ids = nearest(queries, rows, max(ks), inner=True)
+            found = torch.cat([cosines, values], 1), torch.cat([classes, labels[ids]], 1)
+            cosines, classes = nearest_first(*found)
+    cosines, classes = nearest_first(all_gather(cosines.T).T, all_gather(classes.T).T)
+    votes, right = ((cosines - cosines[:, :1]) / temperature).exp(), {}  # a common factor changes nothing
+    for k in ks:
+        sums = votes.new_zeros(len(votes), int(max(classes.max(), target.max())) + 1)
+        voted = sums.scatter_add_(1, classes[:, :k], votes[:, :k]).argmax(1)
+        right[k] = (voted == target)[target >= 0].double().mean().item()
+    return right
 
 
 def baselines(loader, k, gen):
@@ -1017,12 +1070,25 @@ def load_checkpoint(folder):
     return None, False
 
 
-def load_backbone(path):
-    """(Backbone in evaluation mode, meta) from a backbone.pt."""
-    saved = load_file(path)
+def read_backbone(path):
+    """{"state_dict", "meta", ..} of a backbone.pt or of that of a run folder; ends the run if it is neither."""
+    try:
+        saved = load_file(f"{path}/backbone.pt" if Path(path).is_dir() else path)
+        saved["state_dict"], saved["meta"]["arch"]
+        return saved
+    except Exception as problem:
+        error(f"{path} is no run folder with a backbone.pt, and no such file, or damaged ({problem!r})")
+
+
+def load_backbone(path, **changed):
+    """(Backbone in evaluation mode, meta) from a backbone.pt or a run folder; changed: other arguments of Backbone."""
+    saved = read_backbone(path)
     names = ("arch", "channels", "image_size", "sobel", "pool", "norm")
-    backbone = Backbone(**{name: saved["meta"][name] for name in names})
-    backbone.net.load_state_dict(saved["state_dict"])
+    try:
+        backbone = Backbone(**{**{name: saved["meta"][name] for name in names}, **changed})
+        backbone.net.load_state_dict(saved["state_dict"])
+    except (KeyError, RuntimeError) as problem:
+        error(f"{path}: its weights fit no network of these scripts ({problem!r})")
     return backbone.eval(), saved["meta"]
 
 
