@@ -13,7 +13,6 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
-import copy
 import csv
 import fcntl
 import hashlib
@@ -486,6 +485,8 @@ class View:
     area: tuple = (0.08, 1.0)  # share of the image that a random crop keeps
     ratio: tuple = (3 / 4, 4 / 3)  # width / height of the crop
     center: float = 0.0  # > 0: a center crop of this share of the shorter side instead
+    square: float = 0.0  # > 0: a random square of this share of the shorter side instead (AlexNet)
+    central: bool = False  # random crops of the middle square alone
     flip: float = 0.5
     jitter: tuple = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue; only where C = 3
     jitter_p: float = 0.8
@@ -495,22 +496,31 @@ class View:
 
     def crop_file(self, image):
         """A crop of an image of Pillow, antialiased, perhaps flipped: uint8 (3, S, S)."""
-        random = v2.RandomResizedCrop(self.size, self.area, self.ratio)
+        if self.central:
+            image = v2.functional.center_crop(image, [min(image.size)] * 2)
+        random = v2.RandomResizedCrop(self.size, *self.shape(*image.size))
         image = center_crop(image, self.size, self.center) if self.center else random(image)
         return v2.functional.pil_to_tensor(v2.RandomHorizontalFlip(self.flip)(image))
+
+    def shape(self, height, width):
+        """Ranges of the area, as a share of an image of this size, and of the ratio of random crops."""
+        share = (self.square * min(height, width)) ** 2 / (height * width)
+        return ((share, share), (1.0, 1.0)) if self.square else (self.area, self.ratio)
 
     def crop(self, pixels):
         """Crops of uint8 pixels (b, C, H, W), some flipped, random ones not antialiased: (b, C, S, S) in 0..1.
 
         Drawn as torchvision's: whole pixels, the first of ten tries that fits; if none does, cut to the image.
         """
+        if self.central:
+            pixels = v2.functional.center_crop(pixels, [min(pixels.shape[2:])] * 2)
         (height, width), rand = pixels.shape[2:], partial(torch.rand, len(pixels), device=pixels.device)
-        flip = rand(1) < self.flip
+        flip, (share, ratio) = rand(1) < self.flip, self.shape(height, width)
         if self.center:
             crops = center_crop(pixels, self.size, self.center) / 255
             return torch.where(flip[:, :, None, None], crops.flip(3), crops)
-        area = height * width * (self.area[0] + rand(10) * (self.area[1] - self.area[0]))  # (b, 10) tries
-        ratio = self.ratio[0] * (self.ratio[1] / self.ratio[0]) ** rand(10)
+        area = height * width * (share[0] + rand(10) * (share[1] - share[0]))  # (b, 10) tries
+        ratio = ratio[0] * (ratio[1] / ratio[0]) ** rand(10)
         h, w = (area / ratio).sqrt().round().clamp(min=1), (area * ratio).sqrt().round().clamp(min=1)
         first = ((h <= height) & (w <= width)).byte().argmax(1, keepdim=True)
         h, w = h.gather(1, first).clamp(max=height), w.gather(1, first).clamp(max=width)  # (b, 1)
@@ -689,15 +699,16 @@ def pixel_net(size):
 
 
 @torch.no_grad()
-def fill_batch_norm(net, loader):
-    """A copy of a random network with the batch-norm statistics of the first 256 images. Without them batch norm does
-    nothing in evaluation mode, maps shrink or grow from layer to layer, and the network looks worse than it is."""
-    net = copy.deepcopy(net).train()
+def fill_batch_norm(net, loader, index):
+    """Give a random network the batch-norm statistics of the images `index`, the same on all processes.
+
+    With those it starts with, 0 and 1, batch norm does nothing in evaluation mode: maps shrink or grow from layer to
+    layer, and the network looks worse than it is.
+    """
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = 1.0  # keep nothing of the 0 and 1 that are there
-    first = torch.arange(min(256, len(loader.data)))
-    net(torch.cat([images for _, images in loader.test(first)]))
+            module.momentum = 1.0  # keep nothing of the 0 and 1
+    net.train()(torch.cat([images for _, images in loader.test(index)]))
     return net
 
 
@@ -851,27 +862,33 @@ def label_scores(labels, assign, left_out=()):
     return {"nmi_labels": nmi(labels, assign), "acc_labels": accuracy, "ari_labels": ari}
 
 
-def knn_accuracy(queries, target, bank, labels, temperature=0.07):
-    """{knn_1, knn_200}: share of the queries whose class the K nearest rows of the bank tell, each of them with a
-    vote of exp(cosine / 0.07) [Wu et al. 2018, 3.4].
+def knn_accuracy(queries, target, parts, ks=(1, 200), temperature=0.07):
+    """{K: share of the queries whose class their K nearest rows of the bank tell}, each with a vote of exp(cosine / 0.07)
+    [Wu et al. 2018, 3.4].
 
-    queries (q, D) with classes target (q,), bank (n, D) with classes labels (n,): this process's parts, rows of unit
-    length. Class -1, of files that could not be read: neither asked nor heard.
+    queries (n, D) with classes target (n,), and parts of the bank, pairs of rows (m, D) and their classes (m,): this
+    process's, rows of unit length. A class below 0, of a file that could not be read, is neither asked nor heard.
     """
-    target, labels = target.to(queries.device), labels.to(bank.device)
-    if (labels < 0).any():
-        bank, labels = bank[labels >= 0], labels[labels >= 0]
-    queries, target = all_gather(queries), all_gather(target)
-    similarity, ids = nearest(queries, bank, 200, inner=True)  # in each process's part, then in all of them
-    similarity, votes = all_gather(similarity.T).T, all_gather(labels[ids].T).T
-    similarity, best = similarity.topk(min(200, similarity.shape[1]), 1)
-    votes, weight, known = votes.gather(1, best), (similarity / temperature).exp(), target >= 0
-    found = {}
-    for k in (1, 200):
-        sums = weight.new_zeros(len(queries), int(max(votes.max(), target.max())) + 1)
-        classes = sums.scatter_add_(1, votes[:, :k], weight[:, :k]).argmax(1)
-        found[f"knn_{k}"] = float((classes == target)[known].double().mean())
-    return found
+
+    def nearest_first(cosines, classes):
+        cosines, order = cosines.topk(min(max(ks), cosines.shape[1]), 1)
+        return cosines, classes.gather(1, order)
+
+    queries, target = all_gather(queries), all_gather(target.to(queries.device))
+    cosines, classes = queries[:, :0], target[:, None][:, :0]
+    for rows, labels in parts:
+        rows, labels = rows[labels >= 0], labels[labels >= 0].to(rows.device)
+        if len(rows):
+            values, ids = nearest(queries, rows, max(ks), inner=True)
+            found = torch.cat([cosines, values], 1), torch.cat([classes, labels[ids]], 1)
+            cosines, classes = nearest_first(*found)
+    cosines, classes = nearest_first(all_gather(cosines.T).T, all_gather(classes.T).T)
+    votes, right = ((cosines - cosines[:, :1]) / temperature).exp(), {}  # a common factor changes nothing
+    for k in ks:
+        sums = votes.new_zeros(len(votes), int(max(classes.max(), target.max())) + 1)
+        voted = sums.scatter_add_(1, classes[:, :k], votes[:, :k]).argmax(1)
+        right[k] = (voted == target)[target >= 0].double().mean().item()
+    return right
 
 
 def baselines(loader, k, gen):
@@ -1066,12 +1083,25 @@ def load_checkpoint(folder):
     return None, False
 
 
-def load_backbone(path):
-    """(Backbone in evaluation mode, meta) from a backbone.pt."""
-    saved = load_file(path)
+def read_backbone(path):
+    """{"state_dict", "meta", ..} of a backbone.pt or of that of a run folder; ends the run if it is neither."""
+    try:
+        saved = load_file(f"{path}/backbone.pt" if Path(path).is_dir() else path)
+        saved["state_dict"], saved["meta"]["arch"]
+        return saved
+    except Exception as problem:
+        error(f"{path} is no run folder with a backbone.pt, and no such file, or damaged ({problem!r})")
+
+
+def load_backbone(path, **changed):
+    """(Backbone in evaluation mode, meta) from a backbone.pt or a run folder; changed: other arguments of Backbone."""
+    saved = read_backbone(path)
     names = ("arch", "channels", "image_size", "sobel", "pool", "norm")
-    backbone = Backbone(**{name: saved["meta"][name] for name in names})
-    backbone.net.load_state_dict(saved["state_dict"])
+    try:
+        backbone = Backbone(**{**{name: saved["meta"][name] for name in names}, **changed})
+        backbone.net.load_state_dict(saved["state_dict"])
+    except (KeyError, RuntimeError) as problem:
+        error(f"{path}: its weights fit no network of these scripts ({problem!r})")
     return backbone.eval(), saved["meta"]
 
 

@@ -1,775 +1,534 @@
-"""Evaluation with labels: linear classifiers on a frozen network, ten crops, nearest neighbours; fine-tuning.
+"""Evaluation with labels: linear probes on every stage of a frozen network, nearest neighbors, fine-tuning.
 
-Linear probes as in Caron et al., Deep Clustering for Unsupervised Learning of Visual Features, ECCV
-2018, section 4.3 and released code, or (--protocol la) as in Zhuang et al., Local Aggregation for
-Unsupervised Learning of Visual Embeddings, ICCV 2019, supplementary 2.1 and released code, or (--protocol
-coke) as in Qian et al., Unsupervised Visual Representation Learning by Online Constrained K-Means, CVPR 2022,
-released code, whose supplementary 2.3 has --finetune; kNN as in Wu et al., Unsupervised Feature Learning via
-Non-Parametric Instance Discrimination, CVPR 2018.
+Probes of DeepCluster (Caron et al., ECCV 2018, 4.3 and code), Local Aggregation (Zhuang et al., ICCV 2019, supplementary
+2.1 and code) and CoKe (Qian et al., CVPR 2022, code), whose supplementary 2.3 has --finetune. kNN: Wu et al., CVPR 2018.
 
-    each batch:  x_s = pool(output map of stage s)       (B, D_s)  frozen, evaluation mode, no gradient
-                 logits_sw = linear_sw(x_s)              (B, K)    for every stage s and weight decay w
+    each batch:  x_s = pool(map of stage s)          (B, D_s)      frozen, evaluation mode
+                 logits_sw = linear_sw(x_s)          (S, W, B, K)  for every stage s and weight decay w
                  loss = sum over s, w of cross-entropy(logits_sw, label): one backward for all
-    at the end:  per stage the w that is best on held-out training images; its accuracy on the test images
+    at the end:  for each stage the w that is best on held-out training images; its accuracy on the test images
 
-    --finetune, each learning rate and weight decay w, from the same weights:
-    each batch:  logits = linear(relu(net(images)))      (B, K)    training mode, gradients for all layers
-                 loss = cross-entropy(logits, label); the linear layer learns ten times as fast
-    at the end:  the pair that is best on held-out training images; its accuracy on the test images
+    --finetune:  logits = linear(relu(net(images))), training mode, all layers, for each learning rate and weight decay;
+                 the pair that is best on held-out training images; its accuracy on the test images
 
 Symbols: B batch (--batch-size, over all processes), S stages, W weight decays (--wd), K classes, D features.
 
-    python eval_linear.py runs/deepcluster-digits                laptop: a run folder or a backbone.pt
-    python eval_linear.py --random lenet5 --data digits          the untrained network to compare with
-    python eval_linear.py runs/deepcluster-cifar10 --data svhn   on other data than it was trained on
-    python eval_linear.py RUN --protocol la                      whole maps, Local Aggregation's schedule
-    python eval_linear.py RUN --protocol coke                    the network's output alone, CoKe's schedule
-    python eval_linear.py RUN --finetune --data cifar10          all layers, the best of a grid of 12
+    python eval_linear.py runs/deepcluster-digits                    laptop: a run folder or a backbone.pt
+    python eval_linear.py --pixels --data digits                     the raw pixels: the lowest row of a table
+    python eval_linear.py --random lenet5 --data digits              the random network: the next one
+    python eval_linear.py --random lenet5 --data digits --finetune   the supervised network: the upper row
+    python eval_linear.py RUN --data svhn --knn-only                 on other data than it was trained on, no probes
     torchrun --nproc_per_node=8 eval_linear.py runs/deepcluster-imagenet
 
-Images: the probe trains on what --crops says; by default on centre crops up to 64 pixels and on random
-crops of the central square of larger images, with --protocol la or coke on the paper's crops. Half of them
-are mirrored, but not digits, mnist and svhn, where mirror images are other classes. The network's own mean
-and deviation normalise them. Probes that trained on random crops are tested on ten crops, too. kNN compares
-last features and, where the network was trained with one, its embedding: a bank made anew from centre crops,
-on any data set.
+The protocol is that of the method that the file names; up to 64 pixels, where no paper has one, and for other methods
+DeepCluster's. REPORT is the number to report: last epoch, test images, ten crops (DeepCluster's and Local Aggregation's,
+after training on random crops) or the center crop. kNN compares last features (of ResNets their average) and the
+embedding, if the file has one. Files that cannot be read are neither trained on nor counted.
 
-What to expect: the second line, 15 seconds on one core: conv1 96.4, conv2 96.1, kNN 94.4 with K=1; with
---finetune, a minute, 93.1 (what local_aggregation.py trained: 98.6).
+What to expect: on digits, 10 s on a core, --random lenet5 (seeds 0 to 3): conv1 97.4, conv2 97.5, kNN 96.5 with K=1;
+pixels: probe 95.8, kNN 99.2; --finetune, a minute: 92.2, for its crops hide much of a digit.
 
-Departs from the paper and its code, on purpose:
- 1. All stages and weight decays train in one pass; the gradients of one do not touch another.
- 2. With --protocol deepcluster the weight decay is chosen on --held-out of the training images, and the
-    classifier is not trained again with them. "Last" is the last epoch, "best" the best epoch on the held-out
-    images; the released code prints its best epoch on the test images.
- 3. Classifiers of frozen features start at zero: the problem is convex (the codes: PyTorch's default; CoKe's:
-    N(0, 0.01)).
- 4. An epoch's last incomplete batch is dropped.
- 5. Networks other than AlexNet at 224 pixels, with --protocol deepcluster: every map is averaged to s x s,
-    s = sqrt(9600 / channels) rounded down, but no more than the map has.
- 6. ResNets: kNN compares the average of the last map, also where training used the whole map.
- 7. A labelled folder without val/ or test/: a fifth of its images, the same for all seeds, is the test set.
- 8. --random: batch norm gets the statistics of 256 training images, as a trained network has them: the
-    stronger baseline; --no-fill-batch-norm is the network as it was initialised.
- 9. The small sets have 20 epochs [Deep Dive 3.3], on every stage instead of the topmost alone.
-10. On CUDA the frozen network runs in bf16 autocast (--no-amp), the classifiers in float32; --finetune: all
-    layers in autocast, the loss in float32.
-11. An evaluation is not resumed: interrupted, it writes nothing; run again, it overwrites its JSON.
-12. --protocol la: all training images train, for a schedule told beforehand, so nothing is chosen. Networks
-    that are not in the paper have ResNet's schedule. The code never pools AlexNet's maps (its conv1 has
-    186,624 features, ours 290,400: averaged by 2), crops AlexNet's images in the central square (the paper:
-    anywhere), and counts Places' epochs in steps of ImageNet's.
-13. Random resized crops of data in memory are bilinear without antialiasing.
-14. --protocol coke: the code's schedule and crops of ImageNet for all data. Networks other than ResNets are
-    probed on their last hidden layer before its ReLU; two views and other methods than
-    CoKe's have its rate for multi view, 0.4.
-15. --finetune: the paper gives the grid and the factor 10 of the last layer; the rest of its "standard
-    procedure" is ours: 20 epochs of batches of 256 for all data, momentum 0.9, cosine to 0 by the step, crops
-    of area 0.08 to 1 (0.3 to 1 for networks up to 64 pixels), a ReLU before the last layer (what a ResNet
-    averages has had its own), choice on --held-out, not trained again with it. A point whose loss becomes NaN
-    or infinite is given up. Batch norm starts with what is saved, --random: as initialised, and is over the
-    whole batch of all processes; dropout where the network has it.
+Departs from the papers and their code, on purpose:
+ 1. All stages and weight decays train in one pass. Classifiers of frozen features start at zero. An epoch's last
+    incomplete batch is dropped. An evaluation is not resumed; what it has is written before kNN.
+ 2. DeepCluster: the weight decay is chosen on --held-out of the training images, and the classifier is not trained
+    again with them; the best epoch, too (the code: on test images). Other networks than AlexNet at 224 pixels: maps are
+    averaged to s x s, s = sqrt(9600 / channels) rounded down, but no more than they have.
+ 3. A labelled folder without val/ or test/: a fifth of its images, the same for all seeds, is the test set.
+ 4. --random: batch norm gets the statistics of 256 training images: the stronger baseline (--no-fill-batch-norm).
+ 5. Named sets have 20 epochs [Deep Dive 3.3], on every stage instead of the topmost alone, and no flips in digits,
+    mnist and svhn, where mirror images are other classes. --pixels sees whole images, at 32x32 unless told.
+ 6. On GPUs networks run in bf16 autocast (--no-amp), classifiers and losses in float32, kNN's features in TF32.
+ 7. Local Aggregation: all training images train, nothing is chosen; networks that are not in the paper have ResNet's
+    schedule. The code never pools AlexNet's maps (its conv1 has 186,624 features, ours 290,400: averaged by 2) and
+    crops AlexNet's images in the middle square (the paper: anywhere). Places: --crops alexnet for all networks.
+ 8. CoKe: the code's schedule and crops of ImageNet for all data. Networks other than ResNets are probed on their last
+    hidden layer before its ReLU; two views and other methods have its rate for multi view, 0.4.
+ 9. --finetune: the paper gives the grid and the factor 10 of the last layer; the rest is ours: 20 epochs of batches of
+    256, momentum 0.9, cosine by the step, crops of area 0.08 to 1 (0.3 to 1 up to 64 pixels), a ReLU before the last
+    layer. A pair whose loss is not finite is given up. On CPUs each process normalizes its own part of a batch.
+10. Random crops of data in memory are bilinear without antialiasing; squares are cut out before they are resized.
 """
 
-import argparse
 import copy
 import json
 import math
-import os
 import time
-from dataclasses import replace
+from argparse import BooleanOptionalAction as YesNo
+from functools import partial
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 
-from legacy import (
-    ARCHS,
-    DATASETS,
-    Loader,
-    Parser,
-    View,
-    agree,
-    backbone,
-    default_resize,
-    extract,
-    fill_batch_norm,
-    gather,
-    generator,
-    heartbeat,
-    knn_accuracy,
-    learning_rate,
-    leave,
-    leave_if_asked,
-    load_backbone,
-    load_data,
-    main_process,
-    number,
-    overdue,
-    parallel,
-    processes,
-    progress,
-    refuse,
-    say,
-    seed_all,
-    seed_step,
-    setup,
-    shard,
-    synchronise,
-    to_device,
-    total,
-    unwritable,
-    what_runs,
-)
+from common import (  # isort: skip
+    ARCHS, SETS, Backbone, Loader, Meter, View, all_gather, all_reduce_sum, autocast, error, extract, fill_batch_norm,
+    generator, is_main, knn_accuracy, load_backbone, load_data, make_parser, number, parallel,
+    print_once, read_backbone, seed_epoch, setup, shard, to_device, what_runs,
+)  # fmt: skip
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.transforms.v2 import functional as tv
 
-# --------------------------------------------------------------------------- recipes and options
-# Data set -> how its probe is trained; folders are "imagenet". resize is for --random alone: a trained
-# network brings its own. Flags override.
+# %% recipes and options
+# What the data and the protocol bring; flags override. A trained network brings its own size, center crop and Sobel.
 
+SMALL = {"image_size": 32, "center_fraction": 1.0, "sobel": False, "flip": True}
 RECIPES = {
-    "imagenet": {"epochs": 90, "flip": True, "sobel": True, "image_size": 224, "resize": 256},
-    "cifar10": {"epochs": 20, "flip": True, "sobel": True, "image_size": 32, "resize": 45},
-    "svhn": {"epochs": 20, "flip": False, "sobel": True, "image_size": 32, "resize": 44},
-    "fashionmnist": {"epochs": 20, "flip": True, "sobel": False, "image_size": 32, "resize": 44},
-    "digits": {"epochs": 20, "flip": False, "sobel": False, "image_size": 32, "resize": 32},
+    "imagenet": {"image_size": 224, "center_fraction": 0.875, "sobel": True, "flip": True},  # and folders
+    "fashionmnist": {**SMALL, "center_fraction": 0.73},
+    "svhn": {**SMALL, "center_fraction": 0.73, "sobel": True, "flip": False},
+    "cifar10": {**SMALL, "center_fraction": 0.73, "sobel": True},
+    "cifar100-20": {**SMALL, "sobel": True},
+    "stl10": {**SMALL, "sobel": True},
+    "mnist": {**SMALL, "flip": False},
+    "digits": {**SMALL, "flip": False},
 }
-RECIPES["mnist"] = RECIPES["digits"]
-RECIPES["cifar100-20"] = RECIPES["stl10"] = {**RECIPES["cifar10"], "resize": 32}
-
-PROTOCOLS = {  # for all data; "la": Local Aggregation, supplementary 2.1 and code; "coke": code; "finetune": 15 above
-    "deepcluster": {"batch_size": 256, "lr": 0.01, "wd": [1e-3, 1e-4, 1e-5, 1e-6], "held_out": 0.1, "lr_steps": None},
-    "la": {"batch_size": 128, "lr": 0.01, "wd": [1e-4], "held_out": 0.0, "epochs": 70, "lr_steps": [30, 60], "crops": "resnet"},
-    "coke": {"batch_size": 1024, "lr": 0.4, "wd": [1e-6], "held_out": 0.0, "epochs": 90, "lr_steps": None, "crops": "imagenet"},
-    "finetune": {"batch_size": 256, "lr": [1.0, 0.1, 0.01, 0.001], "wd": [1e-5, 1e-6, 0.0], "held_out": 0.1, "epochs": 20, "lr_steps": None},
-}  # fmt: skip
-PROTOCOLS["la-vgg16"] = {**PROTOCOLS["la"], "epochs": 51, "lr_steps": [11, 41]}
-PROTOCOLS["la-alexnet"] = {**PROTOCOLS["la"], "epochs": 65, "lr_steps": [45, 55], "wd": [0.0]}
-PROTOCOLS["la-alexnet"]["crops"] = "alexnet"
-
-# --crops anywhere in the image -> smallest share of it that a random resized crop keeps; alexnet: a square instead
-AREAS = {"alexnet": 1.0, "resnet": 0.2, "imagenet": 0.08, "cifar": 0.3}
+# fmt: off
+PROTOCOLS = {  # crops: above 64 pixels, and up to that
+    "deepcluster": {"batch_size": 256, "epochs": 90, "lr": [0.01], "wd": [1e-3, 1e-4, 1e-5, 1e-6], "held_out": 0.1, "crops": ("central", "center")},
+    "la": {"batch_size": 128, "epochs": 70, "lr": [0.01], "lr_steps": [30, 60], "wd": [1e-4], "held_out": 0.0, "crops": ("resnet", "resnet")},
+    "la-vgg16": {"epochs": 51, "lr_steps": [11, 41]},
+    "la-alexnet": {"epochs": 65, "lr_steps": [45, 55], "wd": [0.0], "crops": ("alexnet", "alexnet")},
+    "coke": {"batch_size": 1024, "epochs": 90, "lr": [0.4], "wd": [1e-6], "held_out": 0.0, "crops": ("imagenet", "imagenet")},
+    "coke-coke-1": {"lr": [0.2]},  # trained with one view
+    "finetune": {"batch_size": 256, "epochs": 20, "lr": [1.0, 0.1, 0.01, 0.001], "wd": [1e-5, 1e-6, 0.0], "held_out": 0.1, "crops": ("imagenet", "cifar")},
+}
+# fmt: on
+OWN = {"local_aggregation": "la", "coke": "coke"}  # method -> its paper's protocol
+AREAS = {"resnet": 0.2, "imagenet": 0.08, "cifar": 0.3}  # --crops -> smallest share of the image
 
 
 def options(argv=None):
-    """The flags that were given and those with a fixed default; the recipe fills in the rest (main)."""
-    p = Parser("Linear probes on every stage of a frozen network, and kNN; or fine-tuning")
-    later, yes_no = argparse.SUPPRESS, argparse.BooleanOptionalAction
+    """The command line as a namespace."""
+    p = make_parser("Linear probes on every stage of a frozen network, and kNN; or fine-tuning")
     # fmt: off
-    p.add_argument("run", nargs="?", help="run folder or backbone.pt to evaluate; or use --random")
-    g = p.add_argument_group("shared by all scripts")
-    g.add_argument("--data", default=later, help=f"{', '.join(DATASETS)}, or a folder with labels; default: what the network was trained on, digits with --random")
-    g.add_argument("--root", default="data", help="where named data sets lie or are downloaded to")
-    g.add_argument("--epochs", type=int, default=later, help="passes over the training images; default: 90 for folders [DeepCluster], 20 for named sets [Deep Dive 3.3]; la: 65 for alexnet, 51 for vgg16, else 70; coke: 90; --finetune: 20, for each point of the grid")
-    g.add_argument("--batch-size", type=int, default=later, help="images per step, over all processes; default: 256 [DeepCluster, code], la: 128, coke: 1024")
-    g.add_argument("--lr", type=number, nargs="+", default=later, help="learning rate at the start, with --finetune several to choose from; default: 0.01, falling as lr / sqrt(1 + lr wd t), t the step [DeepCluster, code]; la: 0.01, falling in --lr-steps; coke: 0.2 after training with one view (coke-1), else 0.4, cosine by the epoch [CoKe, code; 0.4 is its rate for multi view]; --finetune: 1 0.1 0.01 0.001 [CoKe, supplementary 2.3], cosine by the step")
-    g.add_argument("--wd", type=number, nargs="+", default=later, help="weight decays to choose from, for each stage its own; default: 1e-3 1e-4 1e-5 1e-6 [DeepCluster 4.3: cross-validated; the grid is ours]; la: 1e-4, alexnet 0; coke: 1e-6; --finetune: 1e-5 1e-6 0 [CoKe, supplementary 2.3]")
-    g.add_argument("--image-size", type=int, default=later, help="side of the square the network sees, in pixels; only with --random; default: 224 for folders, 32 for named sets")
-    g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode files, for each evaluating process; not used for data in memory")
-    g.add_argument("--seed", type=int, default=0, help="decides every random number")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    g.add_argument("--amp", action=yes_no, default=later, help="bf16 autocast of the network, not of the classifiers of frozen features; None: on for CUDA")
-    g.add_argument("--out", default=later, help="folder for eval_linear-<data>.json (else ..-la.json, ..-coke.json, ..-finetune.json); default: the run folder, beside the file, or runs/eval-random-<arch>-<data>")
-    g.add_argument("--max-bad", type=int, default=100, help="unreadable image files to put up with")
-    g.add_argument("--resize", type=int, default=later, help="shorter side before cropping, in pixels; default: what the run used, else 256 for 224, no enlargement up to 64")
+    p.add_argument("run", nargs="?", help="run folder or backbone.pt to evaluate; else --random or --pixels")
     g = p.add_argument_group("evaluation")
-    g.add_argument("--protocol", choices=["deepcluster", "la", "coke"], default="deepcluster", help="of the probes. la: full maps, averaged by 2 or 4 if above 200,000 features, its schedule and crops [Local Aggregation]; coke: what the network gives, for ResNets the average of the last map, its schedule and crops [CoKe, code]")
-    g.add_argument("--finetune", action="store_true", help="train all layers instead of probes, the new last one at 10 times --lr, for each pair of --lr and --wd; the pair that is best on --held-out is tested [CoKe, supplementary 2.3]")
-    g.add_argument("--lr-steps", type=int, nargs="*", default=later, help="epochs after which a probe's learning rate is divided by ten, instead of falling otherwise; default with la: 30 60, alexnet 45 55, vgg16 11 41")
-    g.add_argument("--random", metavar="ARCH", choices=ARCHS, help=f"evaluate an untrained network: {', '.join(ARCHS)}; its weights are those a run of deepcluster.py with this --seed starts from")
-    g.add_argument("--sobel", action=yes_no, default=later, help="with --random: filter images by Sobel's operator; default: as deepcluster.py for this data")
-    g.add_argument("--fill-batch-norm", action=yes_no, default=True, help="with --random: batch-norm statistics from 256 training images, not 0 and 1; --finetune makes its own")
-    g.add_argument("--held-out", type=number, default=later, help="share of the training images, 0..1, that choose weight decay and best epoch, with --finetune learning rate and weight decay; 0: none, one of each; default: 0.1, la and coke: 0")
-    g.add_argument("--flip", action=yes_no, default=later, help="mirror half of the training images; default: on, off for digits, mnist and svhn")
-    g.add_argument("--crops", choices=["centre", "central", *AREAS], default=later, help="training crops: the centre; anywhere in the central square of --resize pixels [DeepCluster, code]; anywhere in the image resized to --resize (Places, AlexNet), or area 0.2 to 1 and ratio 3/4 to 4/3 [Local Aggregation], the same with area 0.08 [CoKe, code] or 0.3 [CoKe on CIFAR] to 1; default: central above 64 pixels, centre up to 64; la: alexnet for alexnet and where --data has places in its name, else resnet; coke: imagenet; --finetune: imagenet above 64 pixels, cifar up to 64")
-    g.add_argument("--ten-crops", action=yes_no, default=later, help="test on the corners, the centre and their mirror images as well; default: off where --crops is centre, for a classifier that saw centre crops alone fails on corners, and with --finetune")
-    g.add_argument("--knn", action=yes_no, default=True, help="nearest neighbours, K = 1 and weighted 200, in a bank of centre crops of the training images; keeps their features on every process; not with --finetune")
+    g.add_argument("--random", metavar="ARCH", choices=ARCHS, help=f"a random network, the one from which deepcluster.py starts with this --seed; with --finetune the supervised row: {', '.join(ARCHS)}")
+    g.add_argument("--pixels", action="store_true", help="no network: kNN and a probe of the images themselves")
+    g.add_argument("--protocol", choices=["deepcluster", "la", "coke"], help="of the probes; by default of the method that trained the network. la: whole maps, averaged by 2 or 4 if above 200,000 features; coke: the network's output, of ResNets the average of the last map")
+    g.add_argument("--finetune", action="store_true", help="train all layers, the new last one at 10 times the rate, for each pair of --lr and --wd [CoKe, supplementary 2.3]")
+    g.add_argument("--knn", action=YesNo, default=True, help="nearest neighbors, K = 1 and weighted 200, among center crops of the training images; not with --finetune")
+    g.add_argument("--knn-only", action="store_true", help="no probes")
+    g.add_argument("--ten-crops", action=YesNo, help="test on corners, center and their mirror images, too; None: if training crops are random and flipped, for a classifier that saw no such images fails on them; not with --finetune")
+    g.add_argument("--held-out", type=number(float, 0, 0.99), help="share of the training images that choose: weight decay and best epoch, with --finetune learning rate and weight decay")
+    g.add_argument("--fill-batch-norm", action=YesNo, default=True, help="with --random: batch-norm statistics of 256 training images, not 0 and 1; --finetune makes its own")
+    g.add_argument("--sobel", action=YesNo, help="with --random: filter images by Sobel's operator")
+    g.add_argument("--image-size", type=number(int, 1, 4096), help="with --random or --pixels: side of the square that is seen, in pixels")
+    g = p.add_argument_group("training")
+    g.add_argument("--epochs", type=number(int, 1), help="passes over the training images, with --finetune for each pair")
+    g.add_argument("--batch-size", type=number(int, 1), help="images per step, over all processes")
+    g.add_argument("--lr", type=number(float, 0), nargs="+", help="learning rate, with --finetune several; falls as lr / sqrt(1 + lr wd t), t the step; la: in --lr-steps; coke: cosine by the epoch; --finetune: cosine by the step")
+    g.add_argument("--lr-steps", type=number(int, 0), nargs="*", help="epochs after which a probe's learning rate is divided by ten, instead of falling otherwise")
+    g.add_argument("--wd", type=number(float, 0), nargs="+", help="weight decays to choose from, for each stage its own [DeepCluster 4.3: cross-validated; the grid is ours]")
+    g.add_argument("--flip", action=YesNo, help="flip half of the training images horizontally")
+    g.add_argument("--crops", choices=["center", "central", "alexnet", *AREAS], help="training crops: the center; a random square of --center-fraction in the middle square [DeepCluster, code] or (alexnet) anywhere; area 0.2 to 1 (resnet), both [Local Aggregation]; 0.08 to 1 (imagenet) or 0.3 to 1 (cifar) [CoKe]")
+    g.add_argument("--center-fraction", type=number(float, 0.01, 1), help="share of the shorter side that a center crop keeps; 0.875: 224 of 256 pixels")
     # fmt: on
+    otherwise = p.get_default("data")
+    p.set_defaults(data=None)
+    known, _ = p.parse_known_args(argv)
+    meta = read_backbone(known.run)["meta"] if known.run else {"data": otherwise}
+    data = known.data or meta["data"]
+    recipe = RECIPES.get(data, RECIPES["imagenet"])
+    if "resize" in meta:  # TO REMOVE once no script stands on legacy.py, whose backbone.pt have it
+        meta["center_fraction"] = meta["image_size"] / meta["resize"]
+    if not known.run:
+        meta = {**(SMALL if known.pixels else recipe), "arch": known.random or "pixels", "method": "random"}
+        meta["image_size"] = known.image_size or meta["image_size"]
+    elif meta["arch"] not in ARCHS:
+        error(f"{known.run}: a network ({meta['arch']}) for vectors; this script evaluates those for images")
+    small = meta["image_size"] <= 64
+    own = "deepcluster" if small else OWN.get(meta["method"].split("-")[0], "deepcluster")
+    name = "finetune" if known.finetune else known.protocol or own
+    p.set_defaults(data=data, flip=recipe["flip"], arch=meta["arch"], protocol=name)
+    p.set_defaults(**{key: meta[key] for key in ("image_size", "center_fraction", "sobel")})
+    for variant in (name, f"{name}-{meta['arch']}", f"{name}-{meta['method']}"):
+        p.set_defaults(**PROTOCOLS.get(variant, {}))
+    p.set_defaults(crops=p.get_default("crops")[small])
+    if name == "deepcluster" and data in SETS:
+        p.set_defaults(epochs=20)
+    p.add_argument("-h", "--help", action="help", help="show this, with the defaults of what is evaluated")
     args = p.parse_args(argv)
-    if (args.run is None) == (args.random is None):
-        p.error("give either a run folder or backbone.pt to evaluate, or --random ARCH")
-    if args.run and ("image_size" in args or "sobel" in args):
+    if bool(args.run) + bool(args.random) + args.pixels != 1:
+        p.error("give a run folder or backbone.pt to evaluate, or --random ARCH, or --pixels")
+    if known.sobel is not None and not args.random or known.image_size and args.run:
         p.error("--image-size and --sobel go with --random; a trained network has its own")
-    for name in ("epochs", "batch_size", "image_size", "resize"):
-        if getattr(args, name, 1) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.workers < 0 or args.max_bad < 0:
-        p.error("--workers and --max-bad must be at least 0")
-    rates, decays = (vars(args).get(name, []) for name in ("lr", "wd"))
-    if not (all(0 < lr < math.inf for lr in rates) and all(0 <= wd < math.inf for wd in decays)):
-        p.error("--lr must be above 0, --wd at least 0")
-    if not 0 <= vars(args).get("held_out", 0) < 1:
-        p.error("--held-out must lie in 0..1 (1 excluded)")
-    if args.finetune and (args.protocol != "deepcluster" or "lr_steps" in args):
-        p.error("--finetune has a schedule of its own: leave out --protocol and --lr-steps")
-    if len(rates) > 1 and not args.finetune:
-        p.error("several --lr go with --finetune, which chooses one; a probe has one --lr")
-    if args.finetune:
-        args.protocol = "finetune"
-    elif rates:
-        args.lr = rates[0]
+    if args.finetune and (known.protocol or known.lr_steps is not None or args.pixels or args.knn_only):
+        p.error("--finetune has a schedule of its own: not with --protocol, --lr-steps, --pixels, --knn-only")
+    if not args.finetune and (len(args.lr) > 1 or args.compile):
+        p.error("several --lr, and --compile, go with --finetune")
+    if not args.held_out and max(len(args.wd), len(args.lr)) > 1:
+        p.error("--held-out 0 leaves nothing to choose by: give one --wd and one --lr")
+    run = Path(args.run or f"runs/eval-{args.random or 'pixels'}-{Path(data).resolve().name}")
+    args.out = args.out or str(run.parent if run.is_file() else run)
+    seen = args.crops != "center" and args.flip and not args.finetune
+    args.ten_crops, args.meta = seen if args.ten_crops is None else args.ten_crops, meta
     return args
 
 
-# --------------------------------------------------------------------------- network and data
+# %% network and data
 
 
-def open_network(args, device):
-    """(network, meta, train, test) of a saved backbone or, with --random, of an untrained one."""
-    if args.random is None:
-        net = meta = problem = None
-        try:
-            net, meta = load_backbone(args.run)
-        except ValueError as error:
-            problem = str(error)
-        agree(problem)
-        return net, meta, *labelled(vars(args).get("data", meta["data"]), args.root, device)
-    name = vars(args).get("data", "digits")
-    train, test = labelled(name, args.root, device)
-    recipe = RECIPES.get(name, RECIPES["imagenet"])
-    meta = {key: recipe[key] for key in ("image_size", "resize")}
-    meta |= {"arch": args.random, "method": "random"}
-    if "image_size" in args:
-        meta |= {"image_size": args.image_size, "resize": default_resize(args.image_size)}
-    meta |= {"sobel": vars(args).get("sobel", recipe["sobel"]), "data": name}
-    meta |= {"channels": train.channels, "mean": list(train.mean), "std": list(train.std)}
-    seed_all(args.seed, "weights")
-    return backbone(args.random, train.channels, meta["image_size"], meta["sobel"]), meta, train, test
+def make_network(args, channels):
+    """(network, {space: what follows the last features where neighbors are compared})."""
+    saved, spaces = read_backbone(args.run) if args.run else {}, {"last feature": nn.Identity()}
+    torch.manual_seed(args.seed)
+    net = nn.Sequential()
+    if args.random:
+        net = Backbone(args.random, channels, args.image_size, args.sobel, pool=True)
+    elif args.pixels:
+        net.sobel, net.net = nn.Identity(), nn.Sequential()
+        net.net.features, net.net.flatten = nn.Sequential(nn.Identity()), nn.Flatten()
+    elif "resize" in saved["meta"]:  # TO REMOVE, as above
+        old = import_module("legacy").load_backbone(args.run)[0]
+        old.pool, old.embedding, net.sobel, old.sobel = True, None, old.sobel, nn.Identity()
+        net.net = old
+    else:
+        net = load_backbone(args.run, pool=True)[0]
+    if "embedding" in saved:
+        linear = nn.Linear(*saved["embedding"]["weight"].T.shape)
+        linear.load_state_dict(saved["embedding"])
+        spaces["embedding"] = nn.Sequential(nn.ReLU(), linear)
+    return net, spaces
 
 
-def labelled(name, root, device):
-    """(train, test) with labels; refuses data without. Where there is no test set, a fifth becomes it."""
-    train, test = load_data(name, root, device)
-    if train.labels is None or (test is not None and test.labels is None):
-        refuse(f"--data {name} has no labels, and a linear classifier needs them: one sub-folder per class")
-    if test is None:
-        order = torch.randperm(len(train), generator=generator("test split"))
-        fifth = max(1, len(train) // 5)
-        say(f"{name} has no val/ or test/: {fifth} of its {len(train)} images are held out as test set")
-        train, test = part(train, order[fifth:].sort()[0]), part(train, order[:fifth].sort()[0])
-    return train, test
+def load_splits(args, device):
+    """(images to train on, their positions, images to test on, their positions), fed as the network was trained."""
+    train, test = load_data(args.data, args.root)
+    for data in filter(None, (train, test)):
+        if data.labels is None:
+            error(f"--data {args.data} has no labels, and a classifier needs them: one sub-folder per class")
+        data.labels, channels = data.labels.to(device), 3 if data.pixels is None else data.pixels.shape[1]
+        if args.run:
+            data.mean, data.std = tuple(args.meta["mean"]), tuple(args.meta["std"])
+            if channels == 1 and args.meta["channels"] == 3:
+                data.pixels = data.pixels.expand(-1, 3, -1, -1)  # gray three times, no copy
+            elif channels != (seen := args.meta["channels"]):
+                error(f"the network sees {seen} channel(s), --data {args.data} has {channels}")
+    if test:
+        return train, torch.arange(len(train)), test, torch.arange(len(test))
+    order = torch.randperm(len(train), generator=generator("test split"))
+    fifth = max(1, len(train) // 5)
+    print_once(f"{args.data} has no val/ or test/: {fifth} of its {len(train)} images are the test set")
+    return train, order[fifth:], train, order[:fifth]
 
 
-def part(data, ids):
-    """The images of a folder at these positions, as a data set of its own."""
-    return replace(data, paths=[data.paths[i] for i in ids.tolist()], labels=data.labels[ids])
+def labels_of(data, index):
+    """Classes (n,) of the images `index`; -100, which counts nowhere, for files that could not be read."""
+    index = index.to(data.labels.device)
+    bad = torch.tensor(sorted(data.unreadable), dtype=torch.int64, device=index.device)
+    return data.labels[index].masked_fill(torch.isin(index, bad), -100)
 
 
-def as_trained(data, meta):
-    """The data with the channels and the normalisation that the network was trained with."""
-    pixels, channels = data.pixels, meta["channels"]
-    if data.channels == 1 and channels == 3:
-        pixels = pixels.expand(-1, 3, -1, -1)  # grey three times, no copy
-    elif data.channels != channels:
-        refuse(f"the network sees {channels} channel(s), --data {data.name} has {data.channels}")
-    return replace(data, pixels=pixels, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
+class TenCrops(View):
+    """Corners, center, and those of the mirror image, each the share `center` of the shorter side: (b, 10, C, S, S)."""
+
+    def squares(self, image):
+        squares = tv.ten_crop(image, max(1, round(self.center * min(tv.get_size(image)))))
+        return [tv.resize(square, [self.size] * 2, antialias=True) for square in squares]
+
+    def crop_file(self, image):
+        return torch.stack([tv.pil_to_tensor(square) for square in self.squares(image)])
+
+    def crop(self, pixels):
+        return torch.stack(self.squares(pixels), 1) / 255
 
 
-# --------------------------------------------------------------------------- the algorithm
+# %% the algorithm
 
 ALEXNET_POOLS = {  # kernel = stride, padding: 9600, 9216, 9600, 9600, 9216 features [DeepCluster, code]
     "conv1": (6, 3), "conv2": (4, 0), "conv3": (3, 1), "conv4": (3, 1), "conv5": (2, 0),
 }  # fmt: skip
 
 
-def pool_for(arch, size, stage, channels, side, protocol="deepcluster"):
-    """The pooling of a stage's map (B, channels, side, side) before its classifier.
+def stages(net):
+    """(layers in their order, {position: name of the stage that ends there}): after each ReLU, if these are more than
+    five (VGG) only before a pool; of ResNets after the stem and its pool, and after each of the four layers."""
+    layers = dict(getattr(net.net, "features", net.net).named_children())
+    names = {"maxpool": "stem"} | {f"layer{i}": f"layer{i}" for i in (1, 2, 3, 4)}
+    ends = {i: names[name] for i, name in enumerate(layers) if name in names}
+    layers = list(layers.values())
+    relus = [i for i, layer in enumerate(layers) if isinstance(layer, nn.ReLU)]
+    if len(relus) > 5:
+        relus = [i for i in relus if isinstance(layers[i + 1], nn.MaxPool2d)]
+    return layers, ends or {i: f"conv{n}" for n, i in enumerate(relus, 1)} or {0: "pixels"}
 
-    deepcluster: to 9 or 10 thousand features. la: none up to 200,000 features, else average pooling by 2,
-    by 4 if that leaves more than 200,000 [code].
-    """
+
+def pool_for(protocol, arch, stage, channels, side):
+    """The pooling of a stage's map (B, channels, side, side) before its classifier. deepcluster: to 9 or 10 thousand
+    features; la: none up to 200,000 features, else averages by 2, by 4 if that leaves more than 200,000 [code]."""
     if protocol == "la":
         features = channels * side**2
         kernel = 1 + (features > 200_000) + 2 * (features / 4 > 200_000)  # 1, 2 or 4
         return nn.AvgPool2d(kernel, ceil_mode=True)  # what is left at the edge counts, as in the code
-    if arch == "alexnet" and size == 224:
+    if arch == "alexnet" and side == {"conv1": 55, "conv2": 27}.get(stage, 13):  # at 224 pixels
         kernel, padding = ALEXNET_POOLS[stage]
         return nn.AvgPool2d(kernel, kernel, padding)
     return nn.AdaptiveAvgPool2d(min(math.isqrt(9600 // channels), side))
 
 
-@torch.no_grad()
-def stage_maps(net, images, pools=None, amp=False):
-    """{stage: map (B, C, h, w)} of every stage of the network, or {stage: features (B, D)} if pools.
+class Features(nn.Module):
+    """Images (B, C, S, S) -> what classifiers see: {stage: its pooled map (B, D), float32}; with pool None, the network's
+    output alone. pool: (stage, channels, side) -> module."""
 
-    The maps are float32, after ReLU and before the next pooling layer. pools: {stage: module}, applied
-    as soon as a map is there: the maps themselves (1.6 GB for a batch at VGG's first) do not pile up.
-    """
-    found = {}
+    def __init__(self, net, pool, amp):
+        super().__init__()
+        self.net, self.pool, self.amp = net, pool, amp
 
-    def keep(stage):
-        def hook(module, inputs, output):
-            found[stage] = pools[stage](output.float()).flatten(1) if pools else output.float()
-
-        return hook
-
-    hooks = [module.register_forward_hook(keep(stage)) for stage, module in net.stages.items()]
-    try:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-            net.maps(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-@torch.no_grad()
-def probed(net, images, pools, amp=False):
-    """What classifiers see: {stage: features (B, D)}, float32; without pools, the network's output [CoKe, code]."""
-    if pools is not None:
-        return stage_maps(net, images, pools, amp)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-        return {"last feature": net(images).float()}
+    def forward(self, images):
+        images, found = images.flatten(0, -4), {}  # of ten crops (b, 10, C, S, S) each is an image
+        with autocast(images.device, self.amp):
+            if self.pool is None:
+                return {"last feature": self.net(images).float()}
+            (layers, names), x = stages(self.net), self.net.sobel(images)
+            for i in range(max(names) + 1):
+                x = layers[i](x)
+                if i in names:
+                    found[names[i]] = self.pool(names[i], *x.shape[1:3])(x.float()).flatten(1)
+        return found
 
 
 class Probes(nn.Module):
-    """A linear classifier for every stage and weight decay: {stage: (B, D)} -> logits (S, W, B, K)."""
+    """Linear classifiers for every stage and each of W weight decays: {stage: (B, D)} -> logits (S, W, B, K)."""
 
-    def __init__(self, features, decays, classes):
-        """features: {stage: D}; decays: the W weight decays; classes: K."""
+    def __init__(self, x, w, classes):
+        """x: {stage: features (B, D)}, an example; weights start at 0."""
         super().__init__()
-        self.linear = nn.ModuleDict(
-            {stage: nn.ModuleList(nn.Linear(d, classes) for _ in decays) for stage, d in features.items()}
-        )
+        stages = {stage: features.shape[1] for stage, features in x.items()}
+        rows = [
+            nn.ModuleDict({stage: nn.Linear(d, classes) for stage, d in stages.items()}) for _ in range(w)
+        ]
+        self.linear = nn.ModuleList(rows)
         for weight in self.parameters():
             nn.init.zeros_(weight)
 
     def forward(self, x):
-        return torch.stack([torch.stack([f(x[stage]) for f in row]) for stage, row in self.linear.items()])
-
-    def groups(self, decays):
-        """SGD's parameter groups, one for each weight decay."""
-        rows = list(self.linear.values())
-        return [
-            {"params": [p for row in rows for p in row[w].parameters()], "weight_decay": wd}
-            for w, wd in enumerate(decays)
-        ]
+        return torch.stack([torch.stack([f(x[stage]) for stage, f in row.items()]) for row in self.linear], 1)
 
 
 def probe_loss(logits, target):
-    """Mean cross-entropy of each classifier, summed: (S, W, B, K) logits, (B,) labels -> scalar.
-
-    No weight belongs to two classifiers, so each gets the gradient it would get alone.
-    """
+    """Mean cross-entropy of each classifier, summed: (S, W, B, K) logits, (B,) labels -> scalar; -100 is no label. No
+    weight belongs to two classifiers, so each gets the gradient it would get alone."""
     s, w, b, k = logits.shape
     assert target.shape == (b,), f"want {(b,)} labels, got {tuple(target.shape)}"
     return F.cross_entropy(logits.reshape(-1, k), target.repeat(s * w), reduction="sum") / b
 
 
-def decayed_lr(lr, wd, t):
-    """Learning rate at step t = 0, 1, ..: lr / sqrt(1 + lr wd t) [DeepCluster, code]."""
-    return lr / math.sqrt(1 + lr * wd * t)
-
-
-def cosine(t, end):
-    """Share of the learning rate that is left at step or epoch t = 0 .. end - 1: (1 + cos(pi t / end)) / 2."""
-    return (1 + math.cos(math.pi * t / end)) / 2
-
-
-def crop_and_flip(images, size, random, flip):
-    """A size x size crop of each image (B, C, H, W), at random, mirrored with probability flip.
-
-    random (B, 3) in 0..1 decides: top, left, mirror.
-    """
-    b, _, h, w = images.shape
-    top, left = ((random[:, i] * (n - size + 1)).long() for i, n in enumerate((h, w)))
-    along = torch.arange(size, device=images.device)
-    across = torch.where((random[:, 2] < flip)[:, None], along.flip(0), along)  # (B, size)
-    rows, columns = top[:, None] + along, left[:, None] + across
-    each = torch.arange(b, device=images.device)[:, None, None]
-    return images.movedim(1, -1)[each, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
-
-
-def mean_over_crops(logits, crops):
-    """Mean of the softmax over an image's crops: (.., B * crops, K) -> (.., B, K)."""
-    return logits.softmax(-1).unflatten(-2, (-1, crops)).mean(-2)
+def learning_rate(schedule, lr, wd, epoch, epochs, step, steps):
+    """At a step, of `steps`, of an epoch, of `epochs`; all count from 0. schedule: epochs after which it is divided by
+    ten; "deepcluster": lr / sqrt(1 + lr wd t), t the step; "coke": cosine by the epoch; "finetune": by the step."""
+    t, end = (epoch, epochs) if schedule == "coke" else (epoch * steps + step, epochs * steps)
+    if schedule == "deepcluster":
+        return lr / math.sqrt(1 + lr * wd * t)
+    if schedule in ("coke", "finetune"):
+        return lr * (1 + math.cos(math.pi * t / end)) / 2
+    return lr * 0.1 ** sum(epoch >= after for after in schedule)
 
 
 def choose(held_out):
-    """Weight decay and best epoch of each stage from held-out accuracies (epochs, S, W) alone.
-
-    (S,) weight decay that is best at the last epoch, and (S,) epoch at which that one is best; the first
-    of equals. Test accuracies do not come in here.
-    """
+    """By held-out accuracies (epochs, S, W) alone: (S,) weight decay that is best at the last epoch, (S,) epoch at which
+    that one is best; the first of equals. NaN is never best."""
+    held_out = held_out.nan_to_num(-1)
     decay = held_out[-1].argmax(1)
-    chosen = held_out[:, torch.arange(len(decay)), decay]  # (epochs, S)
-    return decay, chosen.argmax(0)
+    return decay, held_out[:, torch.arange(len(decay)), decay].argmax(0)
 
 
-def with_output_layer(net, features, classes, seed):
-    """The network (B, C, S, S) -> (B, D), a ReLU and a new linear layer, N(0, 0.01), bias 0: -> logits (B, K)."""
-    linear = nn.Linear(features, classes)
-    nn.init.normal_(linear.weight, 0, 0.01, generator=generator(seed, "output layer"))
-    nn.init.zeros_(linear.bias)
-    return nn.Sequential(net, nn.ReLU(), linear)
+# %% one epoch
 
 
-def layer_rates(model, lr):
-    """SGD's parameter groups: all layers at lr, the last at 10 lr, for it is new [CoKe, supplementary 2.3]."""
-    parts = ((model[:-1], lr), (model[-1:], 10 * lr))
-    return [{"params": list(part.parameters()), "peak": peak} for part, peak in parts]
+def training_view(args):
+    """How training images are cropped, as --crops says."""
+    share = args.center_fraction
+    kinds = {"center": {"center": share}, "alexnet": {"square": share}}
+    kinds["central"] = {"square": share, "central": True}
+    kinds |= {name: {"area": (area, 1.0)} for name, area in AREAS.items()}
+    return View(args.image_size, flip=0.5 * args.flip, **kinds[args.crops])
 
 
-def best_point(held_out):
-    """Position of the highest accuracy, the first of equals; None stands for a point, or all, that diverged."""
-    alive = [accuracy for accuracy in held_out if accuracy is not None]
-    return held_out.index(max(alive)) if alive else None
-
-
-# --------------------------------------------------------------------------- one epoch
-
-
-def batches(loader, order, epoch, args):
-    """Yield (index (b,), images (b, C, S, S)) of an epoch over the positions `order`, cropped as --crops says."""
-    if args.crops in AREAS:
-        square = args.image_size / args.resize if args.crops == "alexnet" else 0.0
-        view = View((AREAS[args.crops], 1.0), flip=0.5 * args.flip, square=square)
-        yield from ((index, images) for index, (images,) in loader.epoch(epoch, [view], order))
-        return
-    steps, (first, last) = len(order) // args.batch_size, shard(args.batch_size)
-    mine = order[: steps * args.batch_size].view(steps, -1)[:, first:last].flatten()
-    for step, (index, crops) in enumerate(loader.fixed(mine, batch_size=last - first)):
-        random = torch.rand(args.batch_size, 3, generator=generator(args.seed, epoch, step, "crop"))
-        random = random[first:last].to(crops.device, non_blocking=True)  # (b, 3)
-        yield index, crop_and_flip(crops[:, 0], args.image_size, random, 0.5 * args.flip)
-    loader.check_files()
-
-
-def train(net, pools, probes, optimizer, loader, order, epoch, args):
-    """One epoch of all classifiers over the positions `order`; mean loss of a classifier."""
-    steps, loss_sum = len(order) // args.batch_size, 0.0
-    walk = enumerate(batches(loader, order, epoch, args))
-    for step, (index, images) in progress(walk, steps, f"epoch {epoch + 1}"):
-        target = loader.data.labels[index].to(images.device, non_blocking=True)  # (b,)
-        logits = probes(probed(net, images, pools, args.amp))  # (S, W, b, K)
-        loss = probe_loss(logits, target)
+def train(net, optimizer, loader, fit, epoch, args):
+    """One epoch over the positions `fit`; the mean loss of a classifier, which may be NaN."""
+    gen, steps = seed_epoch(args.seed, epoch), len(fit) // args.batch_size
+    order = fit[torch.randperm(len(fit), generator=gen)]
+    schedule = args.protocol if args.lr_steps is None else args.lr_steps
+    meter = Meter(f"epoch {epoch + 1}/{args.epochs}", steps * loader.b)
+    net.train(args.finetune)
+    for step, (index, (images,)) in enumerate(loader.train(order, [training_view(args)])):
+        logits = net(images)  # (S, W, b, K)
+        loss = probe_loss(logits, labels_of(loader.data, index))
         for group in optimizer.param_groups:
-            group["lr"] = decayed_lr(args.lr, group["weight_decay"], epoch * steps + step)
-            if args.lr_steps is not None:
-                group["lr"] = learning_rate(args.lr, epoch, args.lr_steps)
-            elif pools is None:  # CoKe's
-                group["lr"] = args.lr * cosine(epoch, args.epochs)
+            about = group["peak"], group["weight_decay"]
+            group["lr"] = learning_rate(schedule, *about, epoch, args.epochs, step, steps)
         optimizer.zero_grad()
         loss.backward()
-        mean, signal = heartbeat(loss)
-        stop_if(signal)
         optimizer.step()
-        loss_sum += mean
-    return overdue([loss_sum])[0] / steps / logits.shape[:2].numel()
+        meter.add(len(index), loss / logits.shape[:2].numel())
+    meter.bar.close()
+    return all_reduce_sum(meter.losses / steps).item() / loader.world
 
 
-def stop_if(signal):
-    """Leave, all processes together, if heartbeat told of a signal."""
-    if signal:
-        say(f"stopped by signal {signal}; nothing was written")
-        leave(128 + signal)
+def accuracy(model, loader, index, crops=1):
+    """The share of the images `index`, of those that can be read, that each classifier gets right: (S, W). The mean of
+    the softmax over an image's crops decides."""
+
+    def classes(logits):  # (S, W, b * crops, K) -> (b, S, W)
+        return logits.softmax(-1).unflatten(-2, (-1, crops)).mean(-2).argmax(-1).movedim(-1, 0)
+
+    found = all_gather(extract(model.eval(), loader, index[slice(*shard(len(index)))], classes))  # (N, S, W)
+    labels = labels_of(loader.data, index)
+    if (labels < 0).all():
+        error(f"none of the {len(index)} images of {loader.data.name} can be read")
+    return (found.movedim(0, -1) == labels)[..., labels >= 0].double().mean(-1).cpu()
 
 
-def answer(model, images, amp):
-    """Logits (b, K), float32, of a network with its output layer."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-        return model(images).float()
+def neighbors(net, space, loader, fit, test, asked, limit=2**28):
+    """knn_accuracy of the test images `asked` among the training images `fit`, in space(net(images)). Features of training
+    images exist for a part at a time, of at most `limit` numbers over all processes."""
+
+    def unit(x):
+        return F.normalize(space(x), dim=1)
+
+    asked, mine = asked[slice(*shard(len(asked)))], fit[slice(*shard(len(fit)))]
+    queries = extract(net, test, asked, unit)
+    parts = mine.tensor_split(1 + len(fit) * queries.shape[1] // limit)
+    bank = ((extract(net, loader, part, unit), labels_of(loader.data, part)) for part in parts)
+    return knn_accuracy(queries, labels_of(test.data, asked), bank)
 
 
-def tune(model, optimizer, loader, order, epoch, args):
-    """One epoch of all layers over the positions `order`; mean loss, or None if it became NaN or infinite."""
-    steps, loss_sum = len(order) // args.batch_size, 0.0
-    walk = enumerate(batches(loader, order, epoch, args))
-    model.train()
-    for step, (index, images) in progress(walk, steps, f"epoch {epoch + 1}"):
-        target = loader.data.labels[index].to(images.device, non_blocking=True)  # (b,)
-        seed_step(args.seed, epoch, step)  # dropout
-        loss = F.cross_entropy(answer(model, images, args.amp), target)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * cosine(epoch * steps + step, args.epochs * steps)
-        optimizer.zero_grad()
-        loss.backward()
-        # heartbeat ends the run where its first number is not finite; here that ends this point of the grid.
-        _, mean, signal = heartbeat(loss.new_zeros(()), loss)
-        stop_if(signal)
-        if not math.isfinite(mean):  # on all processes, for it is their mean
-            overdue([])
-            return None
-        optimizer.step()
-        loss_sum += mean
-    loss_sum = overdue([0.0, loss_sum])[1]
-    return loss_sum / steps if math.isfinite(loss_sum) else None
+# %% main
 
 
-@torch.no_grad()
-def accuracies(predict, shape, loader, ids, args, ten=False):
-    """Accuracy, of a shape like (S, W), on the images `ids`, from the centre crop or ten crops.
-
-    predict: images (n, C, S, S) -> logits (*shape, n, K).
-    """
-    right = torch.zeros(shape, dtype=torch.float64, device=loader.device)
-    first, last = shard(len(ids))
-    crops_at_once = max(1, args.batch_size // processes() // (10 if ten else 1))
-    for index, crops in loader.fixed(ids[first:last], ten, crops_at_once):
-        leave_if_asked()
-        target = loader.data.labels[index].to(crops.device, non_blocking=True)
-        logits = predict(crops.flatten(0, 1))  # (S, W, b * crops, K)
-        right += (mean_over_crops(logits, crops.shape[1]).argmax(-1) == target).sum(-1)  # (S, W)
-    loader.check_files()
-    return total(right).cpu() / len(ids)
-
-
-@torch.no_grad()
-def nearest_neighbours(net, train_loader, test_loader, args):
-    """{"last feature" and, where there is one, "embedding": {"1": accuracy, "200": accuracy}} of the test images."""
-    train, test = train_loader.data, test_loader.data
-    mine, asked = (torch.arange(*shard(len(data))) for data in (train, test))
-    bank = extract(net, train_loader, mine, args.amp)  # (n, D) of this process
-    queries = extract(net, test_loader, asked, args.amp)
-    spaces = {"last feature": nn.Identity()}
-    if getattr(net, "embedding", None):
-        spaces["embedding"] = net.embedding
-    labels = (train.labels, len(train.classes))
-    return {
-        name: knn_accuracy(embed(queries), test.labels[asked], gather(embed(bank)), *labels)
-        for name, embed in spaces.items()
-    }
-
-
-# --------------------------------------------------------------------------- main
-
-
-def main(argv=None):
-    args, began = options(argv), time.time()
-    device = setup(args.device)
-    net, meta, train_data, test_data = open_network(args, device)
-    args = resolve(args, meta, train_data.name, device)
-    train_data, test_data = as_trained(train_data, meta), as_trained(test_data, meta)
-    size = args.image_size
-    order = torch.randperm(len(train_data), generator=generator(args.seed, "held out"))
-    count = max(1, round(args.held_out * len(order))) if args.held_out else 0
-    held, fit = order[:count], order[count:]
-    say(f"data: {args.data}, {len(fit)} training, {count} held-out and {len(test_data)} test images")
-    origin = f"{meta['method']} on {meta['data']}" if args.run else "untrained"
-    say(f"network: {args.arch} at {size} pixels, {origin}")
-    check(args, len(fit))
-
-    rest = (args.resize, device, args.workers, args.seed, args.max_bad)
-    wide = Loader(train_data, args.batch_size, args.resize if args.crops == "central" else size, *rest)
-    centre = Loader(train_data, args.batch_size, size, *rest)
-    test = Loader(test_data, args.batch_size, size, *rest)
-    to_device(net, device)
-    if hasattr(net, "pool"):
-        net.pool = True  # ResNets: 512 or 2048 features for kNN, not the 100,352 of a whole map
-    found = (fine_tune if args.finetune else probe)(net, wide, centre, test, fit, held, args)
-
-    result = {
-        **what_runs(args, device),
-        "network": meta,
-        "images": {"train": len(fit), "held_out": count, "test": len(test_data)},
-        "classes": len(train_data.classes),
-        **found,
-        "seed": args.seed,
-        "bad_files": len(wide.bad | centre.bad) + len(test.bad),
-    }
-    name = f"eval_linear-{base(args.data)}" + f"-{args.protocol}" * (args.protocol != "deepcluster")
-    path = Path(args.out) / f"{name}.json"
-    agree(write(path, result) if main_process() else None)
-    say(f"{path}, {time.time() - began:.0f} s")
-    leave()
-
-
-def shuffled(fit, epoch, args):
-    """The training positions in an epoch's order."""
-    return fit[torch.randperm(len(fit), generator=generator(args.seed, epoch, "order"))]
-
-
-def probe(net, wide, centre, test, fit, held, args):
-    """Train classifiers of the frozen network's features; what they and the nearest neighbours give, for the JSON."""
-    began, data, everything = time.time(), centre.data, torch.arange(len(test.data))
-    if args.random and args.fill_batch_norm:
-        fill_batch_norm(net, next(centre.fixed(fit[:256], batch_size=256))[1][:, 0])
-    net.eval().requires_grad_(False)
-    blank, pools = torch.zeros(1, data.channels, test.size, test.size, device=test.device), None
-    if args.protocol != "coke":
-        maps = stage_maps(net, blank)
-        about = (args.arch, test.size)
-        pools = {s: pool_for(*about, s, *x.shape[1:3], args.protocol) for s, x in maps.items()}
-    features = {stage: x.shape[1] for stage, x in probed(net, blank, pools).items()}  # {stage: D}
-    probes = Probes(features, args.wd, len(data.classes)).to(test.device)
-    optimizer = torch.optim.SGD(probes.groups(args.wd), args.lr, momentum=0.9)
-    trained, losses, held_out, on_test = parallel(probes), [], [], []
-
-    def score(*where, ten=False):
-        shape = (len(features), len(args.wd))
-        return accuracies(lambda x: probes(probed(net, x, pools, args.amp)), shape, *where, args, ten)
-
-    for epoch in range(args.epochs):
-        start = time.time()
-        losses.append(train(net, pools, trained, optimizer, wide, shuffled(fit, epoch, args), epoch, args))
-        line = f"epoch {epoch + 1:3d}/{args.epochs}  loss {losses[-1]:.3f}"
-        if len(held):
-            held_out.append(score(centre, held))
-            best = zip(features, held_out[-1].amax(1), strict=True)
-            line += "  held-out %: " + "  ".join(f"{s} {100 * a:.1f}" for s, a in best)
-        if len(held) or epoch + 1 == args.epochs:
-            on_test.append(score(test, everything))
-        say(f"{line}  {time.time() - start:.1f} s")
-    probed_at = time.time()
-    ten = score(test, everything, ten=True) if args.ten_crops else None
-    held_out = torch.stack(held_out) if len(held) else None
-    stages = summary(features, args.wd, held_out, torch.stack(on_test), ten)
-    knn = nearest_neighbours(net, centre, test, args) if args.knn else None
-    table(stages, knn)
-    return {
-        "stages": stages,  # accuracies in 0..1
-        "knn": knn,
-        "loss": losses,  # per epoch, mean of all classifiers
-        "seconds": {"probes": probed_at - began, "ten_crops_and_knn": time.time() - probed_at},
-    }
-
-
-def fine_tune(net, wide, centre, test, fit, held, args):
-    """Train all layers for every learning rate and weight decay; what the best of them gives, for the JSON."""
-    began, grid, best = time.time(), [], None
-    net.embedding = None  # it is not trained here
-    blank = torch.zeros(1, test.data.channels, test.size, test.size, device=test.device)
-    features = probed(net.eval(), blank, None)["last feature"].shape[1]  # D
-    start = to_device(with_output_layer(net, features, len(test.data.classes), args.seed), test.device)
-
-    def score(model, *where, ten=False):
-        model.eval()
-        return accuracies(lambda x: answer(model, x, args.amp), (), *where, args, ten).item()
-
-    for lr, wd in product(args.lr, args.wd):
-        since, losses, accuracy = time.time(), [], None
-        model = synchronise(copy.deepcopy(start))
-        optimizer = torch.optim.SGD(layer_rates(model, lr), lr, momentum=0.9, weight_decay=wd)
-        trained = parallel(model)
-        for epoch in range(args.epochs):
-            losses.append(tune(trained, optimizer, wide, shuffled(fit, epoch, args), epoch, args))
-            if losses[-1] is None:
-                break
-        line = f"lr {lr:g}  wd {wd:g}  "
-        if losses[-1] is None:
-            line += f"the loss became NaN or infinite in epoch {len(losses)}: given up"
-        else:  # with nothing held out there is one point and no choice
-            accuracy = score(model, centre, held) if len(held) else math.nan
-            line += f"loss {losses[-1]:.3f}" + f"  held-out {100 * accuracy:.2f} %" * (len(held) > 0)
-        grid.append({"lr": lr, "wd": wd, "held_out": accuracy, "loss": losses})
-        if best_point([point["held_out"] for point in grid]) == len(grid) - 1:
-            best, chosen = model, grid[-1]
-        say(f"{line}  {time.time() - since:.1f} s")
-    if best is None:
-        refuse("the loss became NaN or infinite for every --lr and --wd; give a lower --lr", 1)
-    tuned, everything = time.time(), torch.arange(len(test.data))
-    if not len(held):
-        chosen["held_out"] = None  # JSON has no NaN
-    on_test = score(best, test, everything)
-    ten = score(best, test, everything, ten=True) if args.ten_crops else None
-    line = f"chosen: lr {chosen['lr']:g}, wd {chosen['wd']:g}; {100 * on_test:.2f} % of the test images"
-    say(line + (f", {100 * ten:.2f} % from ten crops" if args.ten_crops else ""))
-    return {
-        **chosen,  # lr, wd, held_out, loss per epoch
-        "test": on_test,  # accuracies in 0..1
-        "ten_crops": ten,
-        "grid": grid,  # held_out null: given up; loss null: in that epoch
-        "seconds": {"fine_tuning": tuned - began, "test": time.time() - tuned},
-    }
-
-
-def base(data):
-    """The last part of a folder's name; a named set's own name."""
-    return os.path.basename(os.path.normpath(data))
-
-
-def resolve(args, meta, data, device):
-    """All arguments: the recipe's, then what the network brings, then what the command line gave."""
-    size = meta["image_size"]
-    where = Path(args.run or f"runs/eval-random-{args.random}-{base(data)}")
-    network = {"data": data, "arch": meta["arch"], "sobel": meta["sobel"], "image_size": size}
-    network |= {"resize": meta.get("resize") or default_resize(size)}
-    protocol = PROTOCOLS.get(f"{args.protocol}-{meta['arch']}", PROTOCOLS[args.protocol])
-    crops = ("imagenet", "cifar") if args.finetune else ("central", "centre")
-    protocol = {"crops": crops[size <= 64], **protocol}
-    if args.protocol == "la" and "places" in base(data).lower():
-        protocol["crops"] = "alexnet"
-    if args.protocol == "coke" and meta["method"] == "coke-1":
-        protocol["lr"] = 0.2
-    recipe = RECIPES.get(data, RECIPES["imagenet"])
-    resolved = argparse.Namespace(**{**recipe, **network, **protocol, **vars(args)})
-    resolved.wd = list(dict.fromkeys(resolved.wd))
-    if args.finetune:
-        resolved.lr = list(dict.fromkeys(resolved.lr))
-    rest = {
-        "ten_crops": resolved.crops != "centre" and not args.finetune,
-        "amp": device.type == "cuda",
-        "out": str(where.parent if where.is_file() else where),
-    }
-    return argparse.Namespace(**{**rest, **vars(resolved)})
-
-
-def check(args, images):
-    """Refuse what can only be judged with the data at hand."""
-    if args.batch_size > images:
-        refuse(f"--batch-size {args.batch_size} is more than the {images} images that are left to train on")
-    if not args.held_out and len(args.wd) > 1:
-        refuse("--held-out 0 leaves nothing to choose a weight decay by: give one --wd")
-    if not args.held_out and args.finetune and len(args.lr) > 1:
-        refuse("--held-out 0 leaves nothing to choose a learning rate by: give one --lr")
-    if args.resize < args.image_size:
-        refuse(f"--resize {args.resize} is smaller than the {args.image_size} pixels that the network sees")
-    agree(unwritable(args.out) if main_process() else None)
-
-
-def write(path, result):
-    """Write JSON whole or not at all; what went wrong, or None."""
+def write(path, result=None):
+    """The result as JSON, whole or not at all; None: only see whether the folder can be written."""
+    temporary = path.with_suffix(".tmp")
     try:
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        return f"--out {path.parent}: cannot write there ({error.strerror})"
+        if is_main():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+            temporary.replace(path if result else temporary)
+    except OSError as problem:
+        error(f"--out {path.parent}: cannot write there ({problem.strerror})")
 
 
-def summary(features, decays, held_out, on_test, ten):
-    """{stage: what was chosen and what it gives}.
+def models(net, args, data, device):
+    """Yield (images -> logits (S, W, b, K), SGD): all probes at once; or one for each learning rate and weight decay."""
+    blank = torch.zeros(1, len(data.mean), args.image_size, args.image_size, device=device)
+    pool = partial(pool_for, args.protocol, args.arch) if args.protocol in ("deepcluster", "la") else None
+    together = [args.wd] if not args.finetune else [[wd] for wd in args.wd]
+    for lr, decays in product(args.lr, together):
+        own = nn.Sequential(copy.deepcopy(net), nn.ReLU()) if args.finetune else net.requires_grad_(False)
+        body = Features(own, pool, args.amp)
+        head = Probes(body(blank), len(decays), len(data.classes)).to(device)
+        rows = zip(head.linear, decays, strict=True)
+        groups = [{"params": row.parameters(), "peak": lr, "weight_decay": wd} for row, wd in rows]
+        if args.finetune:
+            weight, _ = head.parameters()
+            nn.init.normal_(weight, 0, 0.01, generator=generator(args.seed, "output layer"))
+            groups[0]["peak"] = 10 * lr
+            groups.append({"params": body.parameters(), "peak": lr, "weight_decay": decays[0]})
+        yield nn.Sequential(body, head), torch.optim.SGD(groups, lr, momentum=0.9)
 
-    held_out, on_test (epochs, S, W), ten (S, W) or None; without held-out images (None) there is one weight
-    decay, on_test holds the last epoch alone, and nothing is best.
-    """
-    chosen = choose(held_out) if held_out is not None else torch.zeros(2, len(features), dtype=torch.int64)
-    stages = {}
-    for s, (w, e) in enumerate(zip(*(x.tolist() for x in chosen), strict=True)):
-        found = {
-            "features": list(features.values())[s],
-            "wd": decays[w],
-            "test_last": on_test[-1, s, w].item(),
-            "ten_crops_last": None if ten is None else ten[s, w].item(),
-        }
-        if held_out is not None:
-            found |= {
-                "held_out_last": held_out[-1, s, w].item(),
-                "best_epoch": e + 1,  # by held-out accuracy
-                "held_out_best": held_out[e, s, w].item(),
-                "test_best": on_test[e, s, w].item(),
-                "by_wd": {
-                    str(wd): {"held_out": held_out[:, s, i].tolist(), "test": on_test[:, s, i].tolist()}
-                    for i, wd in enumerate(decays)
-                },
-            }
-        stages[list(features)[s]] = found
+
+def evaluate(model, optimizer, loaders, splits, args):
+    """Train a model: its loss in each epoch, and accuracies on the images held out (E, S, W), on those to test on (E, S,
+    W) and on ten crops of these (1, S, W). E: all epochs, or the last. NaN: not computed, or given up."""
+    (loader, test, ten), (fit, held, asked), last = loaders, splits, optimizer.param_groups[-1]
+    trained = parallel(torch.compile(model) if args.compile else model)
+    title = f"lr {last['peak']:g}  wd {last['weight_decay']:g}  " * args.finetune
+    losses, held_out, on_test = [], [], []
+    for epoch in range(1, args.epochs + 1):
+        losses.append(train(trained, optimizer, loader, fit, epoch - 1, args))
+        line = f"{title}epoch {epoch}/{args.epochs}  loss {losses[-1]:.3f}"
+        if not math.isfinite(losses[-1]):
+            print_once(f"{line}: given up")
+            return losses[:-1], *torch.full((3, 1, 1, 1), math.nan)
+        if epoch == args.epochs or len(held) and not args.finetune:
+            on_test.append(accuracy(model, test, asked))
+            held_out.append(accuracy(model, loader, held) if len(held) else on_test[-1] * math.nan)
+            found = zip(model[1].linear[0], held_out[-1].amax(1).tolist(), strict=True)
+            line += "  held-out %:" * (len(held) > 0)
+            line += "".join(f"  {stage} {100 * best:.1f}" for stage, best in found if best == best)
+        if epoch == args.epochs or not args.finetune:
+            print_once(line)
+    crops = accuracy(model, ten, asked, 10) if args.ten_crops else on_test[-1] * math.nan
+    return losses, torch.stack(held_out), torch.stack(on_test), crops[None]
+
+
+def table(linear, held_out, on_test, ten, args):
+    """{stage: what was chosen and what it gives}, accuracies in 0..1; printed in %. Accuracies: see evaluate."""
+    line, stages = "{:13}{:>8}{:>7}{:>7}{:>10}{:>7}{:>8}{:>10}{:>7}{:>11}{:>9}".format, {}
+    titles = "features", "lr", "wd", "held-out", "test", "epoch:", "held-out", "test", "ten crops", "REPORT"
+    print_once(line("", *titles))
+    chosen, pairs = torch.stack(choose(held_out), 1).tolist(), list(product(args.lr, args.wd))
+    center = not args.ten_crops or args.crops == "center" or args.protocol == "coke"
+    for s, ((stage, layer), (w, e)) in enumerate(zip(linear.items(), chosen, strict=True)):
+        numbers = {"held_out_last": held_out[-1], "test_last": on_test[-1], "held_out_best": held_out[e]}
+        numbers |= {"test_best": on_test[e] + 0 * held_out[e], "ten_crops_last": ten[-1]}
+        found = {name: None if x[s, w].isnan() else x[s, w].item() for name, x in numbers.items()}
+        found["report"] = found["test_last" if center else "ten_crops_last"]
+        held, last, *rest = ("-" if x is None else f"{100 * x:.2f}" for x in found.values())
+        d, (lr, wd), best = layer.in_features, pairs[w], args.epochs - len(held_out) + e + 1
+        print_once(line(stage, d, f"{lr:g}", f"{wd:g}", held, last, best, *rest))
+        found["held_out_each"] = [None if x != x else x for x in held_out[-1, s].tolist()]  # of all pairs
+        stages[stage] = {"features": d, "lr": lr, "wd": wd, "best_epoch": best, **found}
     return stages
 
 
-def table(stages, knn):
-    """Print the results, accuracies in per cent."""
-    titles = "stage", "features", "wd", "held-out", "test last", "test at best held-out", "(epoch)"
-    line = "{:8}{:>9}{:>8}{:>10}{:>11}{:>23}{:>9}{:>11}".format
-    say("\n" + line(*titles, "ten crops"))
-    for stage, r in stages.items():
-        names = ("held_out_last", "test_last", "test_best", "ten_crops_last")
-        held, last, best, ten = ("-" if r.get(n) is None else f"{100 * r[n]:.2f}" for n in names)
-        say(line(stage, r["features"], f"{r['wd']:.0e}", held, last, best, r.get("best_epoch", "-"), ten))
-    say("held-out and ten crops: last epoch")
-    for space, found in (knn or {}).items():
-        say(f"kNN of the {space}: {100 * found['1']:.2f} with K=1, {100 * found['200']:.2f} with K=200")
+def main():
+    args = options()
+    device, began = setup(args.device), time.time()
+    kind = "knn" if args.knn_only else args.protocol
+    name = Path(args.data).resolve().name + f"-{kind}" * (kind != "deepcluster")
+    path = Path(args.out) / f"eval_linear-{name}.json"
+    if path.exists() and not args.overwrite:
+        error(f"{path} is there; --overwrite evaluates again")
+    write(path)
+
+    data, fit, test_data, asked = load_splits(args, device)
+    fit = fit[torch.randperm(len(fit), generator=generator(args.seed, "held out"))]
+    held, fit = fit.tensor_split([max(1, round(args.held_out * len(fit))) if args.held_out else 0])
+    if args.batch_size > len(fit) and not args.knn_only:
+        error(f"--batch-size {args.batch_size} is more than the {len(fit)} images that are left to train on")
+    feeding = args.image_size, args.center_fraction, device, args.workers, False
+    loader, test = (Loader(x, args.batch_size, *feeding) for x in (data, test_data))
+    ten = Loader(test_data, test.world * max(1, test.b // 10), *feeding)
+    ten.center = TenCrops(args.image_size, center=args.center_fraction)
+    row = args.run or "raw pixels: the lowest row"
+    if args.random:
+        row = "supervised: the upper row" if args.finetune else "random weights: what training has to beat"
+    images = {"train": len(fit), "held_out": len(held), "test": len(asked)}
+    print_once(f"{args.data}: {images}, on {device}\n{args.arch} at {args.image_size} pixels, {row}; {kind}")
+
+    net, spaces = make_network(args, len(data.mean))
+    net = to_device(net, device)
+    if args.random and args.fill_batch_norm and not args.finetune:
+        fill_batch_norm(net, loader, fit[:256])
+    net.eval()
+    result = {**what_runs(args, data), "row": row, "images": images, "classes": len(data.classes)}
+    if not args.knn_only:
+        found, loaders, splits = [], (loader, test, ten), (fit, held, asked)
+        for model, optimizer in models(net, args, data, device):
+            found.append(evaluate(model, optimizer, loaders, splits, args))
+        losses, *numbers = zip(*found, strict=True)
+        numbers = [torch.cat(x, -1) for x in numbers]  # (E, S, W), W for all pairs
+        if numbers[1].isnan().all():
+            error("the loss became NaN or infinite; lower --lr?")
+        result |= {"loss": losses, "stages": table(model[1].linear[0], *numbers, args)}
+        write(path, result)
+    if args.knn_only or args.knn and not args.finetune:
+        result["knn"] = {}
+        for name, space in spaces.items():
+            found = neighbors(net, space.to(device), loader, torch.cat([held, fit]), test, asked)
+            print_once(f"kNN of the {name}: {100 * found[1]:.2f} with K=1, {100 * found[200]:.2f} with K=200")
+            result["knn"][name] = found
+    bad = {x.paths[i] for x in (data, test_data) for i in x.unreadable}
+    print_once(f"{len(bad)} files could not be read: neither trained on nor counted") if bad else None
+    result |= {"unreadable": len(bad), "seconds": time.time() - began}
+    write(path, result)
+    print_once(f"{path}, {time.time() - began:.0f} s")
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ Departs from the papers and their code, on purpose:
  9. Recipes of data other than ImageNet are ours; those of color images have not been run to the end.
 """
 
+import copy
 import math
 import time
 from argparse import BooleanOptionalAction as YesNo
@@ -297,7 +298,8 @@ def knn(net, loader, eval_loader, bank=None):
     else:  # where files that cannot be read have rows, too
         bank, labels = bank[own], data.labels[own]
     queries, target = embed(net, eval_loader), test.without_unreadable(test.labels)
-    return knn_accuracy(queries, target[slice(*shard(len(test)))], bank, labels)
+    found = knn_accuracy(queries, target[slice(*shard(len(test)))], [(bank, labels)])
+    return {f"knn_{k}": share for k, share in found.items()}
 
 
 # %% main
@@ -353,7 +355,8 @@ def main():
     else:
         done, clusterings = 0, None
         bank = F.normalize(torch.randn(len(data), args.dim, generator=generator(args.seed, "bank")))
-        untrained = eval_loader and knn(fill_batch_norm(net, loader), loader, eval_loader)
+        filled = fill_batch_norm(copy.deepcopy(net), loader, torch.arange(min(256, len(data))))
+        untrained = eval_loader and knn(filled, loader, eval_loader)
     bank, zero = bank.to(device), torch.zeros(1, dtype=torch.int64, device=device)
     trained = parallel(torch.compile(net) if args.compile else net)
 
