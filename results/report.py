@@ -141,7 +141,7 @@ EXPERIMENTS = [
         probed("local_aggregation-fashionmnist"), [BANK, CROPS, CROPS_BEFORE, PLAIN_PROBES], BUSY),
     Experiment(IR, FASHION, "local_aggregation.py --data fashionmnist --loss ir" + PROBE,
         probed("local_aggregation-fashionmnist-ir"), [BANK, CROPS, PLAIN_PROBES], BUSY),
-    Experiment(LA, FASHION, "local_aggregation.py --data fashionmnist --epochs 20 --warm-up 5 --lr-steps 16 19 --crop-area 0.2",
+    Experiment(LA, FASHION, "local_aggregation.py --data fashionmnist --epochs 20 --ir-epochs 5 --lr-steps 16 19 --crop-area 0.2",
         ["local_aggregation-fashionmnist-20-epochs.jsonl"], [BANK, CROPS], BUSY),
     Experiment("CoKe, two views", DIGITS, "coke.py", seeds("coke-digits"), [*COKE, HEAD_BEFORE], BUSY + "; 0.5 on an idle machine"),
     Experiment("CoKe, one view", DIGITS, "coke.py --views 1", seeds("coke-digits-1"), COKE, BUSY + "; 0.5 on an idle machine"),
@@ -176,7 +176,7 @@ EXPERIMENTS = [
     on_cifar("LSD-C, kNN, classifier of two layers", f" {CIFAR_TURNED} --classifier-layers 2", "-layers2", "82.0"),
     *(on_cifar(f"LSD-C, SNE, batch {size}", f" {CIFAR_TURNED} --labeling sne --batch-size {size}", f"-sne-batch{size}", paper)
         for size, paper in ((64, "72.4±1.3"), (128, "76.9±1.5"), (512, "80.9±1.2"))),
-    Experiment("supervised, all layers", CIFAR, "eval_linear.py --random resnet18 --data cifar10 --no-sobel --resize 32 --finetune --epochs 100 --lr 0.1 0.01 --wd 5e-4",
+    Experiment("supervised, all layers", CIFAR, "eval_linear.py --random resnet18 --data cifar10 --no-sobel --center-fraction 1 --finetune --epochs 100 --lr 0.1 0.01 --wd 5e-4",
         ["random-resnet18-cifar10-finetune-eval.json"], [LABELLED]),
     Experiment(DC, "ImageNet, AlexNet", f"{EIGHT} deepcluster.py; {EIGHT} eval_linear.py RUN", probed("deepcluster-imagenet"), [FIVE]),
     *(Experiment(f"CoKe, {views}", "ImageNet, ResNet-50", f"{EIGHT} coke.py --views {flag}; {EIGHT} eval_linear.py RUN --protocol coke",

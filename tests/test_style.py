@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ["deepcluster", "local_aggregation", "coke", "lsdc"]
 METHODS = [name for name in METHODS if (ROOT / f"{name}.py").exists()]
-SCRIPTS = METHODS + [name for name in ("eval_linear", "bench") if (ROOT / f"{name}.py").exists()]
+SCRIPTS = [*METHODS, "eval_linear"]
 # The others stand on legacy.py, the earlier common.py, and share flags and sections until they have moved.
 MOVED = {"deepcluster", "local_aggregation", "eval_linear"}
 UNMOVED = [name for name in METHODS if name not in MOVED]
@@ -82,7 +82,7 @@ def test_there_is_a_script_to_look_at():
     assert "deepcluster" in METHODS and "common" in OURS
 
 
-@pytest.mark.parametrize("name", [n for n in SCRIPTS if n != "bench"])  # it measures the others
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_import_only_the_shared_module_and_name_what_they_take(name):
     """A method is one file and the shared module: no script imports another, none imports *."""
     for node in ast.walk(tree(name)):
