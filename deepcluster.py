@@ -235,7 +235,7 @@ def neighbor_graph(z, keys, first, k=5):
 
 
 def power_iteration_clustering(ids, distance, sigma=0.2, a=0.001, iterations=200):
-    """PIC on a graph of nearest neighbors [supplementary; Lin & Cohen 2010]: cluster of each image (N,).
+    """Cluster of each image (N,) by PIC on a graph of nearest neighbors [supplementary; Lin & Cohen 2010].
 
     ids (N, k), distance (N, k) squared, nearest first. A_ij = exp(-d_ij / sigma^2), W = A + A^T; v <- a W^T v +
     (1-a)/N, kept at sum 1; then every image follows the neighbor with the largest positive W_ij (v_j - v_i) up to a
@@ -316,9 +316,6 @@ def train(encoder, head, optimizer, batches, assign_all, weights, meter, args):
 
 # %% main
 
-# Shown of each epoch; ln K is the loss of a uniform prediction.
-SHOWN = ("epoch", "loss", "ln_k", "nmi_previous", "nmi_labels", "clusters", "seconds")
-
 
 def initial_alignment(args, data, loader, device):
     """Print IA(theta, K) = NMI(labels, clusters of the random network) over seeds [Deep Dive 4.1.1]."""
@@ -390,7 +387,7 @@ def main():
         batches, targets = loader.train(order, [view]), assign_all.to(device)
         record["loss"] = train(compiled, head, optimizer, batches, targets, weights.to(device), meter, args)
         record |= {"ln_k": math.log(k), "seconds": time.time() - began}
-        run.log(record, *SHOWN)
+        run.log(record, "epoch", "loss", "ln_k", "nmi_previous", "nmi_labels", "clusters", "seconds")
         state = {
             "epoch": epoch + 1,
             "k": k,
