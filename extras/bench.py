@@ -10,7 +10,9 @@ Both sides run once to warm up, then in turns; the ratio is that of the medians,
 """
 
 import argparse
+import copy
 import json
+import math
 import os
 import subprocess
 import tempfile
@@ -18,6 +20,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
@@ -25,6 +28,7 @@ from unittest.mock import patch
 import common  # isort: skip  (before torch)
 import coke
 import deepcluster
+import eval_linear
 import legacy
 import local_aggregation
 import lsdc
@@ -329,6 +333,41 @@ def pairs(run, device):
     yield Case(f"LSD-C pairs, B={b}, D={d}", ours, reference)
 
 
+def probes(run, device):
+    """Every stage by itself, the network run up to it: its linear classifiers one after another, or all at once."""
+    n, flags = (
+        128 if run.quick else 512,
+        ["--random", "alexnet-small", "--data", "cifar10", "--batch-size", "128"],
+    )
+    args = eval_linear.options([*flags, "--crops", "center"])
+    args.amp, data = device.type == "cuda", noise(n, 3, 32, device)
+    loader, data.labels = common.Loader(data, 128, 32, 1.0, device, 0), data.labels.to(device)
+    net = common.to_device(common.Backbone("alexnet-small", 3, 32, sobel=True), device).eval()
+    model, optimizer = next(eval_linear.models(net, args, data, device))
+    layers, stages = eval_linear.stages(net)
+
+    def reference(sets):
+        for (end, stage), decays in product(stages.items(), sets):
+            linear = nn.ModuleList(copy.deepcopy(row[stage]) for row in model[1].linear[: len(decays)])
+            groups = [
+                {"params": f.parameters(), "weight_decay": x} for f, x in zip(linear, decays, strict=True)
+            ]
+            sgd = torch.optim.SGD(groups, 0.01, momentum=0.9)
+            for index, images in loader.test(torch.arange(n)):
+                with torch.no_grad(), common.autocast(device, args.amp):
+                    x = nn.Sequential(net.sobel, *layers[: end + 1])(images).float()
+                    side = math.isqrt(linear[0].in_features // x.shape[1])
+                    x = F.adaptive_avg_pool2d(x, side).flatten(1)
+                sgd.zero_grad()
+                sum(F.cross_entropy(f(x), data.labels[index]) for f in linear).backward()
+                sgd.step()
+
+    ours = lambda: eval_linear.train(model, optimizer, loader, torch.arange(n), 0, args)
+    for sets in ([[decay] for decay in args.wd], [args.wd]):
+        name = f"probes: one pass against {len(stages) * len(sets)}"
+        yield Case(name, ours, partial(reference, sets), n)
+
+
 def apart(work, *given):
     """What work(*arguments) returns for each of the `given` arguments, all at once, each in a new process."""
     with ProcessPoolExecutor(len(given), get_context("spawn")) as pool:
@@ -388,6 +427,7 @@ ROWS = {  # function: its aim
     online: "<= 1.15",
     pairs: ">= 100",
     lsdc_training: "<= 1.15",
+    probes: ">= 3",
     processes: ">= 1.8",
     memory: "<= 0.095",
 }
