@@ -153,27 +153,29 @@ def plain(script):
     return f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
 
 
-# A script, with a signal to itself at the n-th call of a function.
+# Before a script: without its picture, which takes as long as three epochs.
+QUIET = "import common; common.draw_clusters = lambda *a: None\n"
+# A script that kills itself at the n-th call of a function; late: of those after its first checkpoint.
 TRAP = """
-import os, signal, sys, torch, legacy, {script}
-def trap(module, name, n, number, torn=False):
+import os, signal, sys, torch, common, {script}
+def trap(module, name, n, late, torn):
     real, calls = getattr(module, name), 0
     def wrapped(*a, **k):
         nonlocal calls
-        calls += 1
+        calls += not late or os.path.exists("run/checkpoint.pt")
         if calls == n:
             if torn:
                 a[1].write(b"PK half a file"); a[1].flush()
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGKILL)
         return real(*a, **k)
     setattr(module, name, wrapped)
-trap({module}, {name!r}, {n}, signal.{signal}, torn={torn})
+trap({module}, {name!r}, {n}, {late}, {torn})
 {script}.main()
 """
 
 
-def trap(script, module, name, n, sig="SIGKILL", torn=False):
-    return TRAP.format(script=script, module=module, name=name, n=n, signal=sig, torn=torn)
+def trap(script, module, name, n, late=False, torn=False):
+    return QUIET + TRAP.format(script=script, module=module, name=name, n=n, late=late, torn=torn)
 
 
 def wait_for(true, limit, fail=True):
@@ -221,7 +223,7 @@ def read_assignments(path):
     with open(path, newline="") as file:
         head, *rows = csv.reader(file)
     assert head == ["image", "cluster"]
-    return [r[0] for r in rows], [int(r[1]) for r in rows]
+    return [r[0] for r in rows], [r[1] if r[1] == "unreadable" else int(r[1]) for r in rows]
 
 
 def contents(run):
@@ -261,6 +263,25 @@ def refusal(options, arguments, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert end.value.code == 2
     return line
+
+
+def one_error(job):
+    """The one line with which all processes ended, exit code 2; argparse's usage may precede it."""
+    assert set(job.codes) == {2} and "Traceback" not in job.out + job.err, job.out + job.err
+    lines = [line for line in job.err.splitlines() if ": error: " in line]
+    assert len(lines) == 1 and job.err.splitlines()[-1] == lines[0] and lines[0].startswith(job.script)
+    return lines[0]
+
+
+def assert_same(a, b):
+    """Two jobs ended with the same checkpoint, backbone, clustering, csv and log, bit for bit."""
+    x, y = ({k: v for k, v in job.state().items() if k != "log_bytes"} for job in (a, b))
+    assert x.pop("config") == y.pop("config")
+    torch.testing.assert_close(x, y, rtol=0, atol=0)
+    for name in ("backbone.pt", "clustering.pt", "assignments.csv"):
+        assert (a.run / name).read_bytes() == (b.run / name).read_bytes(), name
+    logs = [[{k: v for k, v in r.items() if "seconds" not in k} for r in job.log()[1:]] for job in (a, b)]
+    assert logs[0] == logs[1]
 
 
 def one_line(job, code=2):

@@ -93,6 +93,15 @@ def test_scripts_import_only_the_shared_module_and_name_what_they_take(name):
             assert node.module.split(".")[0] not in OURS - {shared(name)}
 
 
+@pytest.mark.parametrize("name", sorted(MOVED))
+def test_functions_are_short_and_common_is_imported_before_torch(name):
+    functions = [f for f in ast.walk(tree(name)) if isinstance(f, ast.FunctionDef)]
+    lengths = {f.name: f.end_lineno - f.lineno + 1 for f in functions}
+    assert {f: n for f, n in lengths.items() if n > (85 if f in ("main", "options") else 45)} == {}
+    order = [line.split()[1] for line in source(name).splitlines() if re.match(r"(from|import) ", line)]
+    assert order.index("common") < order.index("torch")
+
+
 @pytest.mark.parametrize("name", ["common", "legacy"])
 def test_the_shared_modules_import_no_script(name):
     modules = {n.module for n in ast.walk(tree(name)) if isinstance(n, ast.ImportFrom)}

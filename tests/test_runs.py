@@ -1,0 +1,146 @@
+"""What the method scripts share, seen from outside: runs that end, die and go on, bad input, two processes."""
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import jobs
+import pytest
+from jobs import ONE_THREAD, ROOT, assert_same, contents, epochs, one_error, read_assignments
+
+QUICK = {  # three epochs of the digits
+    "deepcluster": "--epochs 3 --k 20 --batch-size 128 --image-size 20 --out run",
+    "local_aggregation": "--epochs 3 --ir-epochs 1 --k 20 --num-neighbors 300 --batch-size 128 --lr-steps 2 "
+    "--image-size 16 --out run",
+}
+FILES = "--recipe digits --batch-size 8 --image-size 16 --epochs 2 --out run"
+SMALL = {  # two epochs of a folder of images
+    "deepcluster": f"{FILES} --k 4",
+    "local_aggregation": f"{FILES} --k 4 --ir-epochs 1",
+}
+CHANGED = {"deepcluster": ("--k 30", "k 20 -> 30"), "local_aggregation": ("--loss ir", "loss la -> ir")}
+GROWING = {"deepcluster", "local_aggregation"}  # whose schedule does not hang on the number of epochs
+LEFT = {"log.jsonl", "checkpoint.pt", "checkpoint.prev.pt", "backbone.pt", "clustering.pt", "assignments.csv"}
+
+every = pytest.mark.parametrize("name", QUICK)
+
+
+@pytest.fixture(scope="module")
+def whole(run_script):
+    """{name: a run that nobody interrupts}, each made once."""
+    done = {}
+    return lambda name: done.get(name) or done.setdefault(name, run_script(f"{ROOT}/{name}.py", QUICK[name]))
+
+
+@pytest.fixture
+def go(run_script):
+    return lambda name, arguments, *rest, **more: run_script(f"{ROOT}/{name}.py", arguments, *rest, **more)
+
+
+@every
+def test_a_run_leaves_its_files_and_short_lines(whole, name):
+    job = whole(name)
+    assert {p.name for p in job.run.iterdir()} >= LEFT and job.err == ""
+    first, *records, last = job.log()
+    assert first["command"] == f"{name}.py {QUICK[name]}" and {"torch", "faiss"} <= first["versions"].keys()
+    assert first["images"] == 1437 and "result" in last and len(epochs(records)) >= 3
+    assert len(re.findall(r"^epoch", job.out, re.MULTILINE)) == len(records)
+    assert [line for line in job.out.splitlines() if len(line) > 100 and line.startswith("epoch")] == []
+    assert {k for k, v in last["baselines"].items() if "nmi_labels" in v} >= {"pixels", "chance"}
+
+
+@every
+@pytest.mark.parametrize(
+    "where",
+    [
+        ("{}.Meter", "add", 5, True),  # in the second epoch
+        ("torch", "save", 3, False, True),  # with half a file written
+        ("os", "replace", 4),  # between the two renames of a checkpoint
+        ("{}", "save_clusters", 1),
+    ],
+)
+def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(go, whole, name, where):
+    module, *rest = where
+    killed = go(name, QUICK[name], jobs.trap(name, module.format(name), *rest), ok=False)
+    assert killed.code == -9, killed.out + killed.err
+    resumed = go(name, QUICK[name], folder=killed.folder)
+    assert "epochs are done" in resumed.out
+    assert_same(resumed, whole(name))
+
+
+@every
+@pytest.mark.parametrize(
+    ("arguments", "world"), [("{small} --data PLACES/both --workers 2", 1), ("{quick} --seed 3", 2)]
+)
+def test_files_with_workers_and_two_processes_survive_a_kill(go, name, arguments, world):
+    arguments = arguments.format(small=SMALL[name], quick=QUICK[name])
+    reference = go(name, arguments, world=world)
+    killed = go(name, arguments, jobs.trap(name, f"{name}.Meter", "add", 2, True), world, ok=False)
+    assert -9 in killed.codes and killed.state()["epoch"] >= 1
+    assert_same(go(name, arguments, world=world, folder=killed.folder), reference)
+
+
+@every
+def test_a_finished_run_says_so_and_another_argument_is_refused_by_name(go, whole, name):
+    if name in GROWING:
+        two = go(name, QUICK[name] + " --epochs 2")
+        assert_same(go(name, QUICK[name] + " --workers 1", folder=two.folder), whole(name))
+    else:
+        two = whole(name)
+        line = one_error(go(name, QUICK[name] + " --epochs 4", folder=two.folder, ok=False))
+        assert "epochs 3 -> 4" in line
+    before, (flags, words) = contents(two.run), CHANGED[name]
+    line = one_error(go(name, f"{QUICK[name]} {flags} --seed 5", folder=two.folder, ok=False))
+    assert all(word in line for word in (words, "seed 0 -> 5", "--overwrite")), line
+    again = go(name, QUICK[name], folder=two.folder)
+    assert "epochs are done" in again.out and '"result"' in again.out and contents(two.run) == before
+
+
+@every
+@pytest.mark.parametrize(
+    ("arguments", "words", "world"),
+    [
+        ("--k 10000", ["--k 10000", "1437"], 2),
+        ("--batch-size 1438", ["--batch-size 1438", "1437"], 1),
+        ("--batch-size 63", ["--batch-size 63", "2 processes"], 2),
+        ("--data PLACES/none --recipe digits", ["none", "no such folder", "digits"], 2),
+        ("--out PLACES/file", ["--out", "file"], 2),
+        ("--lr 1e30", ["--lr"], 2),
+    ],
+)
+def test_mistakes_end_with_exit_code_2_and_one_line(go, name, arguments, words, world):
+    line = one_error(go(name, f"{QUICK[name]} {arguments}", world=world, ok=False))
+    assert not [word for word in words if word not in line], line
+
+
+@every
+def test_equal_images_run_and_are_called_a_trivial_solution(go, places, name):
+    job = go(name, f"{SMALL[name]} --data PLACES/same")
+    images, clusters = read_assignments(job.run / "assignments.csv")  # the log refuses NaN
+    assert images == [str(p) for p in sorted((places / "same").iterdir())]
+    assert "trivial" in job.out or max(Counter(clusters).values()) <= 20
+
+
+@every
+@pytest.mark.parametrize("world", [1, 2])
+def test_files_that_cannot_be_read_are_named_and_in_no_cluster(go, name, world):
+    job = go(name, f"{SMALL[name]} --data PLACES/both", world=world)
+    images, clusters = read_assignments(job.run / "assignments.csv")
+    bad = [path[-16:] for path, c in zip(images, clusters, strict=True) if c == "unreadable"]
+    assert bad == ["/train/b/001.png"] and 1 <= job.out.count("train/b/001.png'") <= world
+
+
+@every
+def test_torchrun_with_two_processes(tmp_path, name):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command, environment = (
+        [*launcher, ROOT / f"{name}.py", *QUICK[name].split()],
+        {**os.environ, **ONE_THREAD},
+    )
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    records = jobs.read_log(tmp_path / "run" / "log.jsonl")
+    assert records[0]["processes"] == 2 and "result" in records[-1]
+    assert len(re.findall(r"^epoch 2\b", done.stdout, re.MULTILINE)) == 1
