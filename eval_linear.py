@@ -37,7 +37,7 @@ Departs from the papers and their code, on purpose:
  3. A labelled folder without val/ or test/: a fifth of its images, the same for all seeds, is the test set.
  4. --random: batch norm gets the statistics of 256 training images: the stronger baseline (--no-fill-batch-norm).
  5. Named sets have 20 epochs [Deep Dive 3.3], on every stage instead of the topmost alone, and no flips in digits,
-    mnist and svhn, where mirror images are other classes. --pixels sees whole images, at 32x32 unless told.
+    mnist and svhn, where flipped images are other classes. --pixels sees whole images, at 32x32 unless told.
  6. On GPUs networks run in bf16 autocast (--no-amp), classifiers and losses in float32, kNN's features in TF32.
  7. Local Aggregation: all training images train, nothing is chosen; networks that are not in the paper have ResNet's
     schedule. The code never pools AlexNet's maps (its conv1 has 186,624 features, ours 290,400: averaged by 2) and
@@ -56,7 +56,6 @@ import math
 import time
 from argparse import BooleanOptionalAction as YesNo
 from functools import partial
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 
@@ -112,7 +111,7 @@ def options(argv=None):
     g.add_argument("--finetune", action="store_true", help="train all layers, the new last one at 10 times the rate, for each pair of --lr and --wd [CoKe, supplementary 2.3]")
     g.add_argument("--knn", action=YesNo, default=True, help="nearest neighbors, K = 1 and weighted 200, among center crops of the training images; not with --finetune")
     g.add_argument("--knn-only", action="store_true", help="no probes")
-    g.add_argument("--ten-crops", action=YesNo, help="test on corners, center and their mirror images, too; None: if training crops are random and flipped, for a classifier that saw no such images fails on them; not with --finetune")
+    g.add_argument("--ten-crops", action=YesNo, help="test on corners and center, flipped and not, too; None: if training crops are random and flipped, for a classifier that saw no such images fails on them; not with --finetune")
     g.add_argument("--held-out", type=number(float, 0, 0.99), help="share of the training images that choose: weight decay and best epoch, with --finetune learning rate and weight decay")
     g.add_argument("--fill-batch-norm", action=YesNo, default=True, help="with --random: batch-norm statistics of 256 training images, not 0 and 1; --finetune makes its own")
     g.add_argument("--sobel", action=YesNo, help="with --random: filter images by Sobel's operator")
@@ -133,8 +132,6 @@ def options(argv=None):
     meta = read_backbone(known.run)["meta"] if known.run else {"data": otherwise}
     data = known.data or meta["data"]
     recipe = RECIPES.get(data, RECIPES["imagenet"])
-    if "resize" in meta:  # TO REMOVE once no script stands on legacy.py, whose backbone.pt have it
-        meta["center_fraction"] = meta["image_size"] / meta["resize"]
     if not known.run:
         meta = {**(SMALL if known.pixels else recipe), "arch": known.random or "pixels", "method": "random"}
         meta["image_size"] = known.image_size or meta["image_size"]
@@ -182,10 +179,6 @@ def make_network(args, channels):
     elif args.pixels:
         net.sobel, net.net = nn.Identity(), nn.Sequential()
         net.net.features, net.net.flatten = nn.Sequential(nn.Identity()), nn.Flatten()
-    elif "resize" in saved["meta"]:  # TO REMOVE, as above
-        old = import_module("legacy").load_backbone(args.run)[0]
-        old.pool, old.embedding, net.sobel, old.sobel = True, None, old.sobel, nn.Identity()
-        net.net = old
     else:
         net = load_backbone(args.run, pool=True)[0]
     if "embedding" in saved:
@@ -224,7 +217,7 @@ def labels_of(data, index):
 
 
 class TenCrops(View):
-    """Corners, center, and those of the mirror image, each the share `center` of the shorter side: (b, 10, C, S, S)."""
+    """Corners and center, of the image and of the flipped one, each the share `center` of the shorter side: (b, 10, C, S, S)."""
 
     def squares(self, image):
         squares = tv.ten_crop(image, max(1, round(self.center * min(tv.get_size(image)))))
@@ -298,10 +291,8 @@ class Probes(nn.Module):
         """x: {stage: features (B, D)}, an example; weights start at 0."""
         super().__init__()
         stages = {stage: features.shape[1] for stage, features in x.items()}
-        rows = [
-            nn.ModuleDict({stage: nn.Linear(d, classes) for stage, d in stages.items()}) for _ in range(w)
-        ]
-        self.linear = nn.ModuleList(rows)
+        row = {stage: nn.Linear(d, classes) for stage, d in stages.items()}
+        self.linear = nn.ModuleList(nn.ModuleDict(copy.deepcopy(row)) for _ in range(w))
         for weight in self.parameters():
             nn.init.zeros_(weight)
 

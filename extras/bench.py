@@ -29,7 +29,6 @@ import common  # isort: skip  (before torch)
 import coke
 import deepcluster
 import eval_linear
-import legacy
 import local_aggregation
 import lsdc
 
@@ -98,10 +97,8 @@ def steps_of(script, run, device, *flags, batch_size=None):
     for recipe, channels, side, steps in recipes[: 1 if run.quick else None]:
         args = script.options(["--recipe", recipe, "--data", "noise", "--lr", "1e-4", *flags])
         args.amp, args.batch_size = gpu, batch_size or min(args.batch_size, 256)
-        moved = script in (deepcluster, local_aggregation)  # to common.py; the others stand on legacy.py
-        kind, rest = (common, (args.center_fraction, device, 0)) if moved else (legacy, (args.resize, device))
-        data = noise(args.batch_size * steps, channels, side, device, kind.Images)
-        loader = kind.Loader(data, args.batch_size, args.image_size, *rest)
+        data = noise(args.batch_size * steps, channels, side, device)
+        loader = common.Loader(data, args.batch_size, args.image_size, args.center_fraction, device, 0)
         yield args, channels, steps, loader
 
 
@@ -113,11 +110,13 @@ def blobs(n, d, device):
     return x.add_(torch.randn(n, d, generator=gen)).to(device)
 
 
-def noise(n, channels, side, device, kind=common.Images):
+def noise(n, channels, side, device):
     """n images in memory, with ten labels."""
     pixels = torch.randint(0, 256, (n, channels, side, side), dtype=torch.uint8, device=device)
     middle = (0.5,) * channels
-    return kind("noise", pixels, None, torch.arange(n) % 10, [str(i) for i in range(10)], middle, middle)
+    return common.Images(
+        "noise", pixels, None, torch.arange(n) % 10, [str(i) for i in range(10)], middle, middle
+    )
 
 
 # %% rows
@@ -235,33 +234,54 @@ def aggregation_training(run, device):
 def online(run, device):
     """CoKe's with one, two and many views; the reference has its projector and predictor, too."""
     for count in ("1", "2", "multi"):
-        flags = "--views", count, "--init-epochs", "0"
-        for args, channels, steps, loader in steps_of(coke, run, device, *flags, batch_size=128):
-            net = legacy.to_device(coke.make_net(args, channels)[1], device)
+        for args, channels, steps, loader in steps_of(coke, run, device, "--views", count, batch_size=128):
+            n, slots, gen = (
+                len(loader.data),
+                args.label_size if count == "1" else 1,
+                common.generator("bench"),
+            )
+            heads = [coke.new_head(k, args.dim, n, slots, gen) for k in args.k]
+            heads = [{name: x.to(device) for name, x in head.items()} for head in heads]
+            net = common.to_device(coke.Network(args, channels), device)
             optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum)
-            slots = args.label_size if args.first_stage < 1 else 1
-            memory = coke.new_memory(args.k, args.dim, len(loader.data), slots, device, "bench")
-            images, now = next(loader.epoch(0, coke.make_views(args)))[1], coke.phase(0, steps, args)
-            ours = partial(coke.train, net, optimizer, loader, memory, 0, 0, steps, [0.0] * 4, now, args)
+            views, everything, now = coke.make_views(args), torch.arange(n), ("training", 1.0)
+            images = next(loader.train(everything, views))[1]
+
+            def ours():
+                batches, meter = loader.train(everything, views), common.Meter("", n)
+                coke.train(net, optimizer, batches, [args.lr] * steps, heads, now, meter, args)
+
             yield step_case(f"CoKe step, {count} view(s)", args, steps, ours, net, images, device)
 
 
 def lsdc_training(run, device):
     """LSD-C's: RotNet's, then the clustering's."""
-    for rotnet, flags in ((1, ["--pretrain-lr", "1e-4"]), (0, ["--pretrain", "none"])):
-        for args, _, steps, loader in steps_of(lsdc, run, device, *flags, batch_size=32 if rotnet else 128):
-            net = legacy.to_device(lsdc.make_net(args, lsdc.describe(args, loader.data)[0])[1], device)
-            stage = lsdc.begin(0, lsdc.RotNet(net.features[0]).to(device), net, [loader, loader], args)
-            view = legacy.View((args.crop_area, 1.0), flip=0.5 * args.flip, pad=args.pad)
-            views, labels = [view] * (1 if rotnet else 3), loader.data.labels.to(device)
-            images = next(loader.epoch(0, views))[1]
-            images = lsdc.four_turns(images[0])[0] if rotnet else images
+    for rotnet in (True, False):
+        for args, _, steps, loader in steps_of(lsdc, run, device, batch_size=32 if rotnet else 128):
+            backbone, labels = lsdc.make_backbone(args, loader.data), loader.data.labels.to(device)
+            net = lsdc.Network(backbone, args.k, 1)
+            if rotnet:
+                net = nn.Sequential(backbone, nn.ReLU(), nn.Linear(backbone.dim, 4))
+            else:
+                nn.ModuleList(lsdc.first_stages(backbone.net, args.freeze_stages)).requires_grad_(False)
+            net = common.to_device(net, device)
+            optimizer = torch.optim.SGD([w for w in net.parameters() if w.requires_grad], 1e-4, 0.9)
+            fraction, flip = args.center_fraction, 0.5 * args.flip
+            views = [lsdc.PaddedView(args.image_size, center=fraction, flip=flip, pad=args.pad)] * (
+                1 if rotnet else 3
+            )
+            everything, rng = torch.arange(len(labels)), np.random.default_rng(0)
+            images = next(loader.train(everything, views))[1]
+            images = lsdc.rotate4(images[0])[0] if rotnet else images
 
             def ours():
-                losses, batches = lsdc.losses_of(stage, labels, 0, args), loader.epoch(0, views)
-                lsdc.train(stage.trained, stage.optimizer, losses, batches, 0, steps, [], "bench")
+                batches, meter = loader.train(everything, views), common.Meter("", len(labels))
+                if rotnet:
+                    return lsdc.train_rotnet(net, optimizer, batches, meter, args)
+                return lsdc.train(net, optimizer, batches, labels, 1.0, rng, meter, args)
 
-            yield step_case(f"LSD-C step, {stage.name}", args, steps, ours, stage.net, images, device)
+            name = f"LSD-C step, {'rotnet' if rotnet else 'clustering'}"
+            yield step_case(name, args, steps, ours, net, images, device)
 
 
 def aggregation_step(n, h, device, k=4096):
@@ -290,13 +310,13 @@ def aggregation(run, device):
 def labels(run, device):
     """CoKe's targets of a batch from its averaged labels, against a loop over the images."""
     b = 128 if run.quick else 1_024
-    shares = torch.rand(100_000, 1, 5, device=device)  # (N, H, S)
+    shares = torch.rand(100_000, 5, device=device)  # (N, S)
     shares *= (shares < 0.7) / shares.sum(-1, keepdim=True)
     index = torch.randperm(len(shares), device=device)[:b]
 
     def reference():
-        rows = [torch.where(x > 0, (x / 0.5).exp(), 0.0) for x in (shares[i, 0] for i in index.tolist())]
-        return torch.stack([x / x.sum() for x in rows])[:, None]
+        rows = [torch.where(x > 0, (x / 0.5).exp(), 0.0) for x in (shares[i] for i in index.tolist())]
+        return torch.stack([x / x.sum() for x in rows])
 
     yield Case(f"CoKe targets, B={b}, S=5", lambda: coke.soft_targets(shares[index], 0.5), reference)
 
@@ -469,8 +489,6 @@ def rows(run, device):
     threads = torch.get_num_threads()
     print(f"\n{'name':56}{'ours':>14}{'reference':>14}{'ratio':>8}  aim (<=: time, >=: speed), met?")
     for function, usual in ROWS.items():
-        if dist.is_initialized():  # the group of one, for which legacy.py would wrap its networks
-            dist.destroy_process_group()
         for case in function(run, device) if function.__name__ in run.only else ():
             if callable(case.ours):
                 case.ours, case.reference = race([case.ours, case.reference])

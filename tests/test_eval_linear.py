@@ -678,38 +678,6 @@ def test_coke_probes_a_resnets_average_and_reports_the_center_crop(photos, tmp_p
     assert stage[1]["report"] == stage[1]["test_last"] and stage[1]["ten_crops_last"] is not None
 
 
-@pytest.mark.parametrize("shortcuts", [False, True])
-def test_backbones_of_scripts_on_the_earlier_module_are_evaluated(tmp_path, shortcuts):
-    """Their meta has `resize`, perhaps weightless shortcuts; features are those of the module that saved them."""
-    torch.manual_seed(0)
-    more = {"small_stem": True, "pool_shortcuts": True, "pool": True} if shortcuts else {"norm": True}
-    net = legacy.backbone("resnet18" if shortcuts else "lenet5", 1, 32, sobel=True, **more)
-    data, linear = legacy.load_data("digits")[0], nn.Linear(net.dim, 6)
-    about = (
-        tmp_path / "backbone.pt",
-        net,
-        "resnet18" if shortcuts else "lenet5",
-        32,
-        40,
-        True,
-        data,
-        "coke-1",
-    )
-    assert legacy.save_backbone(*about, embedding=linear)
-    args = options([str(tmp_path)])
-    assert (args.center_fraction, args.protocol, args.image_size) == (0.8, "deepcluster", 32)
-    loaded, spaces = eval_linear.make_network(args, 1)
-    images = normal(3, 1, 32, 32)
-    with torch.no_grad():
-        want = net.eval()(images)
-        torch.testing.assert_close(loaded.eval()(images), want)
-        torch.testing.assert_close(spaces["embedding"](want), linear(want.relu()))
-        found, last = maps(loaded, images), net.maps(images)
-    assert list(found)[0] == ("stem" if shortcuts else "conv1") and len(found) == (5 if shortcuts else 2)
-    last = last if shortcuts else net.stages["conv2"](net.features[:6](net.sobel(images))).detach()
-    torch.testing.assert_close(list(found.values())[-1], last)
-
-
 def test_two_processes_equal_one(start, tmp_path):
     path = save(tmp_path / "backbone.pt", lenet(1))
     flags = [path, "--epochs", 2, "--batch-size", 64, "--wd", 1e-3, 1e-5, "--out", "out", "--device", "cpu"]

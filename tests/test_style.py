@@ -1,7 +1,4 @@
-"""House style, read from the sources: imports, flags, banners, and what no script may contain.
-
-A script that does not exist yet is passed over: it joins with its first line.
-"""
+"""House style, read from the sources: imports, flags, banners, and what no script may contain."""
 
 import ast
 import os
@@ -10,22 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import legacy
+import common
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ["deepcluster", "local_aggregation", "coke", "lsdc"]
-METHODS = [name for name in METHODS if (ROOT / f"{name}.py").exists()]
 SCRIPTS = [*METHODS, "eval_linear"]
-# The others stand on legacy.py, the earlier common.py, and share flags and sections until they have moved.
-MOVED = {"deepcluster", "local_aggregation", "eval_linear"}
-UNMOVED = [name for name in METHODS if name not in MOVED]
 OURS = {path.stem for path in ROOT.glob("*.py")}
 
-# The flags that these share, in their order.
-SHARED = "data root arch k epochs batch-size lr wd image-size workers seed device amp compile".split()  # noqa: SIM905
-SHARED = [f"--{name}" for name in [*SHARED, "out", "overwrite", "save-every"]]
 SECTIONS = ["recipes and options", "network", "the algorithm", "one epoch", "main"]
 
 
@@ -59,14 +49,7 @@ def option(call, name):
 
 def algorithm(name):
     """The lines between the banner of the algorithm and the next one."""
-    return re.split(r"^# -{60,} (.+)$", source(name), flags=re.MULTILINE)[
-        2 * SECTIONS.index("the algorithm") + 2
-    ]
-
-
-def shared(name):
-    """The module of ours that a script imports."""
-    return "common" if name in MOVED else "legacy"
+    return re.split(r"^# %% (the algorithm|one epoch).*$", source(name), flags=re.MULTILINE)[2]
 
 
 def names_in(text):
@@ -78,34 +61,29 @@ def names_in(text):
     return found | {a.name for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
 
 
-def test_there_is_a_script_to_look_at():
-    assert "deepcluster" in METHODS and "common" in OURS
-
-
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_import_only_the_shared_module_and_name_what_they_take(name):
-    """A method is one file and the shared module: no script imports another, none imports *."""
+def test_scripts_import_only_common_and_name_what_they_take(name):
+    """A method is one file and common.py: no script imports another, none imports *."""
     for node in ast.walk(tree(name)):
         if isinstance(node, ast.Import):
             assert not OURS & {a.name.split(".")[0] for a in node.names}, "from module import names"
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0 and "*" not in [a.name for a in node.names]
-            assert node.module.split(".")[0] not in OURS - {shared(name)}
+            assert node.module.split(".")[0] not in OURS - {"common"}
 
 
-@pytest.mark.parametrize("name", sorted(MOVED))
+@pytest.mark.parametrize("name", [*SCRIPTS, "common"])
 def test_functions_are_short_and_common_is_imported_before_torch(name):
     functions = [f for f in ast.walk(tree(name)) if isinstance(f, ast.FunctionDef)]
     lengths = {f.name: f.end_lineno - f.lineno + 1 for f in functions}
     assert {f: n for f, n in lengths.items() if n > (85 if f in ("main", "options") else 45)} == {}
     order = [line.split()[1] for line in source(name).splitlines() if re.match(r"(from|import) ", line)]
-    assert order.index("common") < order.index("torch")
+    assert name == "common" or order.index("common") < order.index("torch")
 
 
-@pytest.mark.parametrize("name", ["common", "legacy"])
-def test_the_shared_modules_import_no_script(name):
-    modules = {n.module for n in ast.walk(tree(name)) if isinstance(n, ast.ImportFrom)}
-    modules |= {a.name for n in ast.walk(tree(name)) if isinstance(n, ast.Import) for a in n.names}
+def test_common_imports_no_script():
+    modules = {n.module for n in ast.walk(tree("common")) if isinstance(n, ast.ImportFrom)}
+    modules |= {a.name for n in ast.walk(tree("common")) if isinstance(n, ast.Import) for a in n.names}
     assert not OURS & {m.split(".")[0] for m in modules}
 
 
@@ -118,67 +96,42 @@ def test_every_flag_is_explained(name):
         assert text is not None and ast.unparse(text) not in ("''", "argparse.SUPPRESS"), flag
 
 
-@pytest.mark.parametrize("name", UNMOVED)
-def test_shared_flags_come_first_and_in_their_order(name):
-    """The same flags in the same order, before any other."""
-    names = [flag for flag, _ in flags(name)]
-    assert names[: len(SHARED)] == SHARED and len(set(names)) == len(names)
-
-
-@pytest.mark.parametrize("name", UNMOVED)
-def test_shared_flags_are_declared_alike(name):
-    """The copies agree with coke.py's in type and kind; only defaults and help are each script's own."""
-
-    def kind(script):
-        found = {}
-        for flag, call in flags(script):
-            if flag in SHARED:
-                parts = [option(call, k) for k in ("type", "choices")] + [option(call, "action")]
-                found[flag] = [None if p is None else ast.unparse(p) for p in parts]
-        return found
-
-    theirs, wanted = kind(name), kind("coke")
-    if name == "lsdc":  # it alone clusters vectors
-        wanted["--arch"][1] = "[*ARCHS, 'mlp']"
-    for flag, want in wanted.items():
-        assert theirs[flag] == want, flag
-
-
-@pytest.mark.parametrize("name", UNMOVED)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_every_flag_is_used(name):
-    """No flag without effect: each is read as args.<name> in the script or in legacy.py."""
+    """No flag without effect: each is read as args.<name> in the script or in common.py."""
     read = {
         n.attr
-        for script in (name, "legacy")
+        for script in (name, "common")
         for n in ast.walk(tree(script))
         if isinstance(n, ast.Attribute) and getattr(n.value, "id", None) == "args"
     }
     assert {flag[2:].replace("-", "_") for flag, _ in flags(name)} <= read
 
 
-@pytest.mark.parametrize("name", UNMOVED)
+@pytest.mark.parametrize("name", METHODS)
 def test_sections_stand_in_the_order_of_the_house(name):
     """Card, then recipes and options, network, the algorithm, one epoch, main."""
-    assert re.findall(r"^# -{60,} (.+)$", source(name), flags=re.MULTILINE) == SECTIONS
+    found = re.findall(r"^# %% (.+)$", source(name), flags=re.MULTILINE)
+    assert [next((s for s in SECTIONS if title.startswith(s)), title) for title in found] == SECTIONS
     card = ast.get_docstring(tree(name))
     for part in ("Symbols", f"python {name}.py", "torchrun", "What to expect", "Departs"):
         assert part in card, f"the card lacks {part!r}"
     assert source(name).rstrip().endswith('if __name__ == "__main__":\n    main()')
 
 
-@pytest.mark.parametrize("name", UNMOVED)
+@pytest.mark.parametrize("name", METHODS)
 def test_method_files_do_not_know_about_processes_or_devices(name):
-    """No rank, barrier, backend or .cuda(): distribution hides behind the shared module's verbs."""
-    forbidden = {"rank", "dist", "distributed", "barrier", "all_reduce", "all_gather", "broadcast", "cuda"}
+    """No rank, barrier, backend or .cuda(): distribution hides behind common.py's verbs."""
+    forbidden = {"rank", "get_rank", "barrier", "all_reduce", "cuda"}
     assert not forbidden & names_in(source(name))
     assert not re.search(r"\bnccl\b|\bgloo\b", source(name))
 
 
-@pytest.mark.parametrize("name", UNMOVED)
+@pytest.mark.parametrize("name", METHODS)
 def test_the_algorithm_prints_nothing_and_opens_nothing(name):
     """Pure functions with docstrings: no printing, no files, no globals, no classes."""
     code = ast.parse(algorithm(name))
-    assert not {"print", "say", "open", "save"} & names_in(algorithm(name))
+    assert not {"print", "print_once", "open", "save", "args", "loader"} & names_in(algorithm(name))
     functions = [n for n in code.body if isinstance(n, ast.FunctionDef)]
     assert len(functions) >= 3 and all(ast.get_docstring(f) for f in functions)
     assert not [n for n in ast.walk(code) if isinstance(n, (ast.Global, ast.ClassDef))]
@@ -196,8 +149,8 @@ def test_files_are_loaded_without_unpickling(name):
 
 def test_names_of_data_sets_and_networks():
     """The names that users type, in the order of the help."""
-    assert legacy.DATASETS == ["digits", "mnist", "fashionmnist", "cifar10", "cifar100-20", "svhn", "stl10"]
-    assert legacy.ARCHS == ["lenet5", "alexnet", "alexnet-small", "vgg16", "resnet18", "resnet50"]
+    assert list(common.SETS) == ["digits", "mnist", "fashionmnist", "cifar10", "cifar100-20", "svhn", "stl10"]
+    assert common.ARCHS == ["lenet5", "alexnet", "alexnet-small", "vgg16", "resnet18", "resnet50"]
 
 
 @pytest.fixture(scope="module")
