@@ -74,11 +74,6 @@ from torch import nn
 # Data set (or data-views) -> hyper-parameters. imagenet: the paper's runs (supplementary 2.1, main tables, code); cifar10
 # and cifar100-20: its clustering runs (supplementary 2.4). The others are ours. Flags override.
 
-VIEWS = {
-    "1": {"temperature": 0.1, "first_stage": 0.8},
-    "2": {"temperature": 0.05, "first_stage": 1.0},
-    "multi": {"temperature": 0.05, "first_stage": 1.0},
-}
 IMAGENET = {
     "arch": "resnet50", "k": [3000, 4000, 5000], "epochs": 1000, "batch_size": 1024, "lr": 1.6, "wd": 1e-6,
     "optimizer": "lars", "warmup_epochs": 10, "ratio": 0.4, "dual_lr": 20.0, "label_weight": 0.2, "image_size": 224,
@@ -98,7 +93,7 @@ GRAY = {
     **CIFAR, "arch": "lenet5", "k": [10, 20, 50, 100], "epochs": 10, "lr": 0.05, "warmup_epochs": 5, "crop_area": 0.6,
     "projector_layers": 2, "temperature": 0.1, "label_weight": 0.5, "color": False, "local_area": [0.5, 0.9],
 }  # fmt: skip
-DIGITS = {**GRAY, "k": [10, 20, 30, 40, 50], "epochs": 60, "crop_area": 0.8, "flip": False}
+DIGITS = {**GRAY, "k": [10, 20, 30, 40, 50], "epochs": 60, "dual_lr": 3.0, "crop_area": 0.8, "flip": False}
 RECIPES = {
     "imagenet": IMAGENET,  # and folders
     "imagenet-multi": {**IMAGENET, "epochs": 800},
@@ -138,7 +133,7 @@ def options(argv=None):
     g = p.add_argument_group("CoKe")
     g.add_argument("--k", type=count, nargs="+", help="clusters of each head; for clustering results the number of classes and larger ones [code; supplementary 2.4]")
     g.add_argument("--head", type=count, metavar="K", help="clusters of the head that is printed, written and drawn; None: as many as classes, else the first")
-    g.add_argument("--views", choices=sorted(VIEWS), default="2", help="random crops of an image in each step: one; two [supplementary 2.2.3]; two and --local-crops [supplementary 2.1]")
+    g.add_argument("--views", choices=["1", "2", "multi"], default="2", help="random crops of an image in each step: one; two [supplementary 2.2.3]; two and --local-crops [supplementary 2.1]")
     g.add_argument("--ratio", type=share, help="r: every cluster holds at least about r N / K images; 1: exactly; 0: no bound [3.1, code]")
     g.add_argument("--dual-lr", type=number(float, 0), help="eta, step of the dual variables; raise it if clusters stay below their bound, lower it if most labels change in every epoch [3.1, code]")
     g.add_argument("--temperature", type=positive, help="T; 0.1 for one view, 0.05 for more [code; supplementary 2.1]; ours for gray images")
@@ -157,7 +152,9 @@ def options(argv=None):
     # fmt: on
     known, _ = p.parse_known_args(argv)
     base = known.recipe or (known.data if known.data in RECIPES else "imagenet")
-    p.set_defaults(**VIEWS[known.views] | RECIPES[base] | RECIPES.get(f"{base}-{known.views}", {}))
+    first_stage, temperature = (0.8, 0.1) if known.views == "1" else (1.0, 0.05)
+    p.set_defaults(first_stage=first_stage, temperature=temperature)
+    p.set_defaults(**RECIPES[base] | RECIPES.get(f"{base}-{known.views}", {}))
     p.add_argument("-h", "--help", action="help", help="show this, with the defaults of --data or --recipe")
     args = p.parse_args(argv)
     if args.head and args.head not in args.k:
