@@ -1,26 +1,31 @@
-"""coke.py: its clustering, labels, losses and optimizer against plain loops from the formulas; network, options."""
+"""coke.py: its clustering, labels, losses and optimizer against plain loops; network, options, whole runs."""
 
 import ast
+import csv
 import functools
 import math
+import os
 import re
+import subprocess
+import sys
 from argparse import Namespace
 
 import coke
 import common
 from coke import RECIPES, Network, check, describe, end_epoch, make_views, options, phase, stored
 
+import jobs
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from jobs import ROOT, plain_nmi
+from jobs import ONE_THREAD, ROOT, contents, epochs, plain, plain_nmi, write_images
 from torch import nn
 
 SCRIPT = ROOT / "coke.py"
 
 # --------------------------------------------------------------------------- the algorithm, pasted
-# All tests of formulas call what the pasted text defines, and so show that it can be pasted.
+# All tests of formulas call what the pasted text defines.
 
 CELL = re.search(r"^# %% the algorithm.*?(?=^# %% )", SCRIPT.read_text(), flags=re.MULTILINE | re.DOTALL)[0]
 PASTED = {"math": math, "torch": torch, "F": F}
@@ -53,16 +58,11 @@ def dot(a, b):
     return sum(x * y for x, y in zip(a, b, strict=True))
 
 
-def unit(v):
-    return [x / math.sqrt(dot(v, v)) for x in v]
-
-
 def plain_label(label, new, w, most):
     """{cluster: share} after the cluster `new` came in with weight w; no more than `most` of them.
 
-    There: its share <- (1 - w) share + w, others (1 - w). Not there: the smallest share u goes, if there is no
-    free place, the others are scaled by (1 - w) / (1 - u), and w is its own. Nothing there yet: all is its own.
-    """
+    There: its share <- (1 - w) share + w, others (1 - w). Not there: the smallest share u goes, if there is no free
+    place, the others are scaled by (1 - w) / (1 - u), and w is its own."""
     if not label or most == 1:
         return {new: 1.0}
     label, u = dict(label), 0.0
@@ -94,7 +94,7 @@ class OneHead:
                 n = self.counts[k] + hits
                 sums = [sum(v[d] for v, f in zip(x, found, strict=True) if f == k) for d in range(len(x[0]))]
                 c = [self.counts[k] / n * a + s / n for a, s in zip(self.centers[k], sums, strict=True)]
-                self.centers[k], self.counts[k] = c if averaging else unit(c), n
+                self.centers[k], self.counts[k] = c if averaging else [v / math.hypot(*c) for v in c], n
         seen = []
         for i, f in zip(index, found, strict=True):
             old = self.labels[i]
@@ -103,8 +103,9 @@ class OneHead:
         return seen
 
     def end(self, w):
-        pairs = zip(self.previous, map(unit, self.centers), strict=True)
-        self.previous = [unit([(1 - w) * a + w * b for a, b in zip(c, d, strict=True)]) for c, d in pairs]
+        for k, (c, d) in enumerate(zip(self.previous, self.centers, strict=True)):
+            mixed = [(1 - w) * x + w * y / math.hypot(*d) for x, y in zip(c, d, strict=True)]
+            self.previous[k] = [x / math.hypot(*mixed) for x in mixed]
         self.centers, self.counts = [list(c) for c in self.previous], [0] * len(self.counts)
 
 
@@ -115,38 +116,29 @@ def as_label(labels, shares):
     return dict(pairs)
 
 
-@pytest.fixture
-def double():
-    """Double precision for all that has no type of its own: exact comparisons with the loops."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def assert_same(head, plain):
+def assert_follows(head, plain):
     for name in ("previous", "centers", "duals", "counts"):
         want = torch.tensor(getattr(plain, name), dtype=torch.float64)
         torch.testing.assert_close(head[name], want, rtol=1e-9, atol=1e-9)
     for i, label in enumerate(plain.labels):
-        assert as_label(head["labels"][i], head["shares"][i]) == pytest.approx(label, abs=1e-9)
+        assert as_label(head["labels"][i], head["shares"][i]) == pytest.approx(label, abs=1e-6)
     assert stored(head).tolist() == [max(x, key=x.get, default=-1) for x in plain.labels]
 
 
 N, D, B = 44, 6, 8
-STAGES = {  # (averaging, w) of each epoch; w would be 1, 1/2, 1/3, others make shares that tell slots apart
-    "first": [(False, 1.0)] * 4,
-    "second": [(False, 1.0)] * 2 + [(True, w) for w in (1.0, 0.6, 0.45, 0.3, 0.35, 0.2)],
-}
+# (averaging, w) of each epoch; w would be 1, 1/2, 1/3, others make shares that tell slots apart
+STAGES = {"first": [(False, 1.0)] * 4, "second": [(False, 1.0)] * 2}
+STAGES["second"] += [(True, w) for w in (1.0, 0.6, 0.45, 0.3, 0.35, 0.2)]
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.9, 1.0])
 @pytest.mark.parametrize(("stage", "k"), [("first", 7), ("first", 1), ("second", 4), ("second", 7)])
-def test_a_head_moves_as_the_formulas_say(stage, k, ratio, double):
+def test_a_head_moves_as_the_formulas_say(stage, k, ratio):
     """Labels, duals, centers and counts after every batch and every epoch; labels that the loss sees."""
     slots, evicted = 2 if stage == "second" else 1, 0
     head = new_head(k, D, N, slots, seeded(5))
-    assert not head["shares"].any() and head["labels"].dtype == torch.int32 and (stored(head) == -1).all()
-    torch.testing.assert_close(head["previous"].norm(dim=1), torch.ones(k))
+    assert (stored(head) == -1).all() and torch.allclose(head["previous"].norm(dim=1), torch.ones(k))
+    head = {name: x.double() if x.is_floating_point() else x for name, x in head.items()}
     plain = OneHead(head["previous"].tolist(), N, ratio, 0.7, slots)
     for epoch, (averaging, w) in enumerate(STAGES[stage]):
         order = torch.randperm(N, generator=seeded(epoch))
@@ -155,34 +147,29 @@ def test_a_head_moves_as_the_formulas_say(stage, k, ratio, double):
             x = F.normalize(rows(99, N, D)[index] + 0.5 * rows(10 * epoch + step, B, D), dim=1)
             labels, shares = online_kmeans(head, index, x, ratio, 0.7, w, averaging)
             seen = plain.batch(index.tolist(), x.tolist(), averaging, w)
-            assert_same(head, plain)
+            assert_follows(head, plain)
             for b, label in enumerate(seen):
-                assert as_label(labels[b], shares[b]) == pytest.approx(label, abs=1e-9)
+                assert as_label(labels[b], shares[b]) == pytest.approx(label, abs=1e-6)
                 evicted += len(set(label) - set(plain.labels[index[b]])) * (w < 1)
         end_epoch([head], w)
         plain.end(w)
-        assert_same(head, plain)
+        assert_follows(head, plain)
     assert (evicted > 2 or stage == "first") and (head["duals"].abs().max() > 0.05 or k == 1 or ratio == 0)
     assert (head["duals"].min() < 0) == (ratio == 1 and k > 1)
 
 
-# --------------------------------------------------------------------------- the bound
-
-
 def sizes_after(ratio, k, n=4000, d=8):
-    """Sizes of the clusters after eight epochs over unbalanced features: nine images of ten around one direction, the
-    others around nine more."""
+    """Sizes of the clusters after eight epochs: nine features of ten are around one direction, the others around nine."""
     gen, head = seeded(), new_head(k, d, n, 1, seeded(1))
     group = torch.where(torch.rand(n, generator=gen) < 0.9, 0, torch.randint(1, 10, (n,), generator=gen))
     x = torch.randn(10, d, generator=gen)[group] + 0.25 * torch.randn(n, d, generator=gen)
     x = F.normalize(x, dim=1)
     for epoch in range(8):
+        end_epoch([head], 1.0)
         for index in torch.randperm(n, generator=seeded(epoch)).split(50):
             online_kmeans(head, index, x[index], ratio, 1.0)
-        sizes = torch.bincount(stored(head), minlength=k)
-        assert sizes.tolist() == head["counts"].tolist()
-        end_epoch([head], 1.0)
-    return sizes.tolist()
+    assert torch.bincount(stored(head), minlength=k).tolist() == head["counts"].tolist()
+    return head["counts"].tolist()
 
 
 @pytest.mark.parametrize("k", [5, 10, 20])
@@ -195,25 +182,6 @@ def test_the_bound_raises_the_smallest_cluster(k):
         assert min(sizes[r]) >= r * n / k - slack, (r, sizes[r])
     assert min(sizes[0.9]) > 0.5 * n / k > 0.3 * n / k > min(sizes[0.0]), sizes
     assert max(sizes[1.0]) <= n / k + slack < max(sizes[0.4])
-
-
-# --------------------------------------------------------------------------- averaged labels
-
-
-@pytest.mark.parametrize("temperature", [0.5, 0.05, 1e-3])
-def test_soft_targets_against_loops(temperature):
-    """exp(share / lambda') over the sum of those of the clusters that are there; none for empty slots."""
-    shares = torch.rand(6, 5, generator=seeded(1), dtype=torch.float64)
-    shares[0, 1:] = shares[1, [0, 2]] = shares[2, 3] = 0
-    shares = shares / shares.sum(1, keepdim=True)
-    got = soft_targets(shares, temperature)
-    for row, result in zip(shares.tolist(), got.tolist(), strict=True):
-        e = [math.exp((s - max(row)) / temperature) if s > 0 else 0.0 for s in row]
-        assert result == pytest.approx([x / sum(e) for x in e], abs=1e-12)
-    assert got[0].tolist() == [1, 0, 0, 0, 0]
-
-
-# --------------------------------------------------------------------------- losses
 
 
 def plain_softmax(v, centers, tau):
@@ -240,11 +208,15 @@ def plain_losses(vectors, q, centers, targets, tau, a):
 
 @pytest.mark.parametrize(("views", "a", "tau"), [(1, 0.2, 0.1), (2, 0.2, 0.05), (2, 0.0, 0.3), (5, 0.7, 0.1)])
 def test_the_loss_is_its_formula_and_so_is_its_gradient(views, a, tau):
-    """Sparse labels; what the other views predict has no gradient."""
+    """Averaged labels, whose weights are exp(share / lambda'), 0 for empty slots, over their sum; what the other views
+    predict has no gradient."""
     x, p = rows(1, views, 3, 4).requires_grad_(), rows(2, views, 3, 4).requires_grad_()
     centers, labels = rows(5, 6, 4), torch.tensor([[5, 0], [2, 1], [0, 3]])
-    weight = torch.tensor([[0.7, 0.3], [1.0, 0.0], [0.5, 0.5]], dtype=torch.float64)
-    targets = [dict(zip(*pair, strict=True)) for pair in zip(labels.tolist(), weight.tolist(), strict=True)]
+    shares, targets = torch.tensor([[0.7, 0.3], [1.0, 0.0], [0.4, 0.6]], dtype=torch.float64), []
+    for pair in zip(labels.tolist(), shares.tolist(), strict=True):
+        e = {c: math.exp(share / 0.4) for c, share in zip(*pair, strict=True) if share}
+        targets.append({c: y / sum(e.values()) for c, y in e.items()})
+    weight = soft_targets(shares, 0.4)
     found, listed = coke_loss(x, p, centers, labels, weight, tau, a), centers.tolist()
     q = [[plain_softmax(v, listed, tau) for v in view] for view in x.tolist()]
     for loss, y in zip(found, (x, p), strict=True):
@@ -283,7 +255,8 @@ for name, views in given["views"].items():
         sums = coke.train(trained, optimizer, batches, [0.3, 0.2, 0.1], heads, now, meter, args)
         coke.end_epoch(heads, now[1])
         found += [meter.mean_loss(), *(common.all_reduce_sum(sums) / 60).tolist()]
-        found += [x.detach().clone() for x in (net.weight, torch.zeros(1) if net.weight.grad is None else net.weight.grad)]
+        grad = torch.zeros(1) if net.weight.grad is None else net.weight.grad.clone()
+        found += [net.weight.detach().clone(), grad]
     torch.save([found, heads], f"{name}.{world}.{rank}")
 """
 
@@ -317,48 +290,36 @@ def test_local_crops_have_their_weight(weight):
     flags = f"--local-weight {weight} --predictor-weight 0 --data digits --views multi --batch-size 6"
     args, x, meter = options(flags.split()), rows(1, 5, 6, 4).float(), common.Meter("", 6)
     head, net = new_head(3, 4, 6, 1, seeded(2)), nn.Module()
-    previous, net.forward = head["previous"].clone(), lambda views: (x, x)
+    centers, net.forward = head["previous"].clone().tolist(), lambda views: (x, x)
     coke.train(net, None, [(torch.arange(6), [])], [0.0], [head], ("clustering", 1.0), meter, args)
-    assert torch.equal(stored(head), (x[:2].mean(0) @ previous.T).argmax(1))
-    rest = head["labels"].long(), head["shares"], args.temperature, args.label_weight
-    each = coke_loss(x, x, previous, *rest)[0]
-    want = (1 - weight) * each[:2].mean() + weight * each[2:].mean()
-    assert meter.mean_loss() == pytest.approx(want.item(), rel=1e-6)
+    mean = x[:2].mean(0).tolist()
+    assert stored(head).tolist() == [max(range(3), key=lambda k: dot(v, centers[k])) for v in mean]
+    q = [[plain_softmax(v, centers, args.temperature) for v in view] for view in x.tolist()]
+    targets, rest = [{c: 1.0} for c in stored(head).tolist()], (args.temperature, args.label_weight)
+    each = plain_losses(x.tolist(), q, centers, targets, *rest)
+    want = (1 - weight) * sum(each[:2]) / 2 + weight * sum(each[2:]) / 3
+    assert meter.mean_loss() == pytest.approx(want, rel=1e-5)
 
 
-# --------------------------------------------------------------------------- stages, learning rate, LARS
-
-
-def test_stages_of_200_epochs_with_one_view():
-    """T' = 160: then w = 1, 1/2, .., 1/40; before epoch 0 no training."""
+def test_stages_and_rates_of_200_epochs_with_one_view():
+    """T' = 160: then w = 1, 1/2, .., 1/40; before epoch 0 no training. The rate warms up and falls to 0."""
     args = Namespace(first_stage=0.8, epochs=200)
-    assert phase(-1, args) == ("clustering", 1.0)
-    assert {phase(epoch, args) for epoch in range(160)} == {("training", 1.0)}
-    assert [phase(159 + j, args) for j in range(1, 41)] == [("averaging", 1 / j) for j in range(1, 41)]
-    assert phase(4, Namespace(first_stage=1.0, epochs=5)) == ("training", 1.0)
-    assert phase(0, Namespace(first_stage=0.0, epochs=5)) == ("averaging", 1.0)
-
-
-def test_learning_rate_warms_up_and_falls_to_0():
-    want = [
-        1.6 * max(1, s) / 100 if s < 100 else 0.8 * (1 + math.cos(math.pi * (s - 100) / 900))
-        for s in range(1000)
-    ]
+    found = [phase(epoch, args) for epoch in range(-1, 200)]
+    assert found[:161] == [("clustering", 1.0)] + [("training", 1.0)] * 160
+    assert found[161:] == [("averaging", 1 / j) for j in range(1, 41)]
+    want = [1.6 * max(1, s) / 100 for s in range(100)]
+    want += [0.8 * (1 + math.cos(math.pi * s / 900)) for s in range(900)]
     assert [learning_rate(1.6, s, 1000, 100) for s in range(1000)] == pytest.approx(want)
-    assert learning_rate(0.5, 0, 10, 0) == 0.5
-    assert learning_rate(0.5, 3, 4, 8) == pytest.approx(0.5 * 3 / 8)  # all epochs are warm-up
+    assert [learning_rate(0.5, s, 4, warmup) for s, warmup in ((0, 0), (3, 8))] == [0.5, 0.1875]
 
 
 @pytest.mark.parametrize("wd", [1e-6, 0.1, 0.0])
 def test_lars_is_its_formula(wd):
     """20 steps with momentum: g + wd w scaled by 0.001 |w| / |g|; biases as they are; zero norms: factor 1."""
-    gen, shapes = (
-        seeded(),
-        {"matrix": (4, 3), "kernel": (2, 3, 3, 3), "bias": (4,), "zero": (3, 2), "flat": (2, 2)},
-    )
+    gen, shapes = seeded(), dict(matrix=(4, 3), kernel=(2, 3, 3, 3), bias=(4,), zero=(3, 2), flat=(2, 2))  # noqa: C408
     w = {k: torch.randn(s, generator=gen, dtype=torch.float64) * (k != "zero") for k, s in shapes.items()}
-    weights, unused = {k: nn.Parameter(v.clone()) for k, v in w.items()}, nn.Parameter(torch.ones(2, 2))
-    optimizer, m = torch.optim.SGD([*weights.values(), unused], 0.3, 0.9), dict.fromkeys(shapes, 0)
+    weights, m = {k: nn.Parameter(v.clone()) for k, v in w.items()}, dict.fromkeys(shapes, 0)
+    optimizer = torch.optim.SGD(weights.values(), 0.3, 0.9)
     for _ in range(20):
         for k, v in weights.items():
             g = v.grad = torch.randn(shapes[k], generator=gen, dtype=torch.float64) * (k != "flat")
@@ -368,13 +329,10 @@ def test_lars_is_its_formula(wd):
                 g = g * (0.001 * size / length if size > 0 and length > 0 else 1)
             m[k] = 0.9 * m[k] + g
             w[k] = w[k] - 0.3 * m[k]
-        lars([*weights.values(), unused], wd)  # the last one has no gradient
+        lars([*weights.values(), nn.Parameter(torch.ones(2, 2))], wd)  # the last one has no gradient
         optimizer.step()
     for k, v in weights.items():
         torch.testing.assert_close(v.detach(), w[k], rtol=1e-12, atol=1e-14, msg=k)
-
-
-# --------------------------------------------------------------------------- what a log says of the heads
 
 
 def test_the_log_describes_the_heads():
@@ -385,10 +343,8 @@ def test_the_log_describes_the_heads():
         before = stored(heads[1])
         for head in heads:
             online_kmeans(head, torch.arange(first, first + 20), rows(first, 20, 5).float(), 0.5, 1.0)
-    found, known = (
-        describe(heads, before, Namespace(labels=truth, unreadable={3}), args),
-        [*range(3), *range(4, 25)],
-    )
+    known = [*range(3), *range(4, 25)]
+    found = describe(heads, before, Namespace(labels=truth, unreadable={3}), args)
     for shown, head in zip(found["heads"], heads, strict=True):
         labels, counts = stored(head), head["counts"].tolist()
         assert shown["nmi_labels"] == pytest.approx(plain_nmi(truth[known].tolist(), labels[known].tolist()))
@@ -396,13 +352,6 @@ def test_the_log_describes_the_heads():
         assert shown["bound"] == 0.5 * 40 / shown["k"]
     assert found["changed"] == pytest.approx((labels[:25] != before[:25]).sum().item() / 25)
     assert found["nmi_previous"] == pytest.approx(plain_nmi(before[:20].tolist(), labels[:20].tolist()))
-    assert found["nmi_labels"] == shown["nmi_labels"]
-    assert "nmi_previous" not in describe(
-        heads, before * 0 - 1, Namespace(labels=None, unreadable=set()), args
-    )
-
-
-# --------------------------------------------------------------------------- network and views
 
 
 def network(flags, channels=1):
@@ -417,36 +366,25 @@ def widths(module):
 
 
 @pytest.mark.parametrize(("arch", "d"), [("lenet5", 84), ("resnet18", 512)])
-def test_projector_and_predictor_are_the_papers(arch, d):
-    """d-d-d-128 with batch norm, after the last, too; 128-d-128; shorter or without on demand."""
-    net, small = (
-        network(f"--arch {arch}"),
-        network("--arch lenet5 --projector-layers 2 --dim 7 --predictor-weight 0"),
-    )
+def test_the_network_is_the_papers(arch, d):
+    """Projector d-d-d-128 with batch norm, after the last, too, predictor 128-d-128; shorter or without on demand. Of
+    every view (B, 128), unit length, float32; each has the batch norm of its own; features are cut at 0 before."""
+    net, sides = network(f"--arch {arch}", 3), (16, 16, 8 if d == 512 else 16)
+    small = network("--arch lenet5 --projector-layers 2 --dim 7 --predictor-weight 0")
     assert widths(net.encoder[1]) == [(d, d), d, (d, d), d, (d, 128), 128]
     assert widths(net.predictor) == [(128, d), d, (d, 128)]
     assert widths(small.encoder[1]) == [(84, 84), 84, (84, 7), 7]
     assert torch.equal(*small([torch.randn(4, 1, 16, 16)]))
-
-
-def test_the_network_gives_unit_projections_and_predictions_of_every_view():
-    """(V, B, 128) in float32, bf16 or not; views of other sizes; each view has the batch norm of its own; features
-    are cut at 0 before the projector."""
-    net, gen = network("--arch resnet18", 3), seeded()
-    views = [torch.randn(4, 3, side, side, generator=gen) + side for side in (16, 16, 8)]
+    views = [torch.randn(4, 3, side, side) + i for i, side in enumerate(sides)]
     with torch.no_grad():
-        for enabled in (True, False):
-            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                x, p = net(views)
-            assert x.shape == p.shape == (3, 4, 128) and x.dtype == p.dtype == torch.float32
-            torch.testing.assert_close(torch.stack([x, p]).norm(dim=-1), torch.ones(2, 3, 4))
-        for v, images in enumerate(views):
-            z = net.encoder[0](images).clamp(min=0)
-            for layer in net.encoder[1]:
-                z = layer(z)
-            torch.testing.assert_close(x[v], z / z.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
-            z = net.predictor(z)
-            torch.testing.assert_close(p[v], z / z.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            both = torch.stack(net(views))
+        assert both.shape == (2, 3, 4, 128) and both.dtype == torch.float32
+        torch.testing.assert_close(both.norm(dim=-1), torch.ones(2, 3, 4))
+        for images, *found in zip(views, *net(views), strict=True):
+            z = net.encoder[1][1:](net.encoder[0](images).clamp(min=0))
+            for y, got in zip((z, net.predictor(z)), found, strict=True):
+                torch.testing.assert_close(got, y / y.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
 
 
 def test_views_are_those_of_the_released_code():
@@ -455,25 +393,15 @@ def test_views_are_those_of_the_released_code():
     (single,), two, multi = (make_views(options(f"{folder} {v}".split())) for v in ("1", "2", "multi"))
     assert len(two) == 2 and two == multi[:2] and len(multi) == 8 and len(set(multi[2:])) == 1
     found = [(v.jitter, v.blur, v.solarize, v.area, v.size) for v in (single, *multi[:3])]
-    assert found == [
-        (strong, 0.5, 0, (0.08, 1.0), 224),
-        (weak, 1.0, 0, (0.08, 1.0), 224),
-        (weak, 0.1, 0.2, (0.08, 1.0), 224),
-        (strong, 0.5, 0, (0.05, 0.6), 96),
-    ]
-    assert {(v.flip, v.gray, v.jitter_p, v.ratio) for v in (single, *multi)} == {
-        (0.5, 0.2, 0.8, (3 / 4, 4 / 3))
-    }
+    first, second = ((weak, blur, solarize, (0.08, 1.0), 224) for blur, solarize in ((1.0, 0), (0.1, 0.2)))
+    assert found == [(strong, 0.5, 0, (0.08, 1.0), 224), first, second, (strong, 0.5, 0, (0.05, 0.6), 96)]
+    assert {(v.flip, v.gray, v.jitter_p) for v in (single, *multi)} == {(0.5, 0.2, 0.8)}
     for v in make_views(options(f"{folder} multi --no-flip --no-color --no-blur".split())):
         assert not (v.flip or v.gray or v.blur or v.solarize or any(v.jitter))
 
 
-# --------------------------------------------------------------------------- options
-
-
 def values(flags, names):
-    args = options(["--data", *flags.split()])
-    return [getattr(args, name) for name in names.split()]
+    return [getattr(options(["--data", *flags.split()]), name) for name in names.split()]
 
 
 def test_recipes_are_the_papers_and_flags_override():
@@ -485,38 +413,23 @@ def test_recipes_are_the_papers_and_flags_override():
     assert values("cifar100-20", names) == want
     names = "temperature predictor_weight dim projector_layers init_epochs image_size center_fraction crop_area flip blur"
     assert values("x", names) == [0.05, 0.5, 128, 3, 1, 224, 0.875, 0.08, True, True]
-    assert values("cifar10", names) == [0.05, 0.5, 128, 3, 1, 32, 1.0, 0.3, True, False]
     names = "epochs temperature first_stage label_size label_temperature out"
     assert values("x --views 1", names) == [1000, 0.1, 0.8, 5, 0.5, "runs/coke-x-1"]
     assert values("x --views multi", names) == [800, 0.05, 1, 5, 0.5, "runs/coke-x-multi"]
     assert values("x --views multi", "local_crops local_size local_weight") == [6, 96, 0.5]
     assert values("digits --views multi --image-size 20", "local_size epochs") == [20, 30]
-    assert values("x --recipe digits --k 7 7 --lr 0.3 --flip", "k lr flip arch") == [
-        [7, 7],
-        0.3,
-        True,
-        "lenet5",
-    ]
+    assert values("x --recipe digits --k 7 7 --flip", "k flip arch") == [[7, 7], True, "lenet5"]
     for recipe, views in [(recipe, views) for recipe in RECIPES for views in ("1", "2", "multi")]:
         args = vars(options(["--data", "x", "--recipe", recipe, "--views", views]))
         assert [name for name, value in args.items() if value is None] == ["head"]
 
 
-@pytest.mark.parametrize(
-    "flags",
-    """--head 30 --k 10 20
-    --k 10 0
-    --ratio 1.1
-    --temperature 0
-    --batch-size 1
-    --local-area 0.5 0.2 --views multi
-    --local-size 16 --views multi
-    --local-crops 2
-    --local-weight 0.1 --views 1
-    --label-weight 0.1 --views 1
-    --label-size 3
-    --label-temperature 0.1""".splitlines(),
-)
+IMPOSSIBLE = """--head 30 --k 10 20|--k 10 0|--ratio 1.1|--temperature 0|--batch-size 1|--views 3
+--local-area 0.5 0.2 --views multi|--local-size 16 --views multi|--local-crops 2|--local-weight 0.1 --views 1
+--label-weight 0.1 --views 1|--label-size 3|--label-temperature 0.1"""
+
+
+@pytest.mark.parametrize("flags", re.split(r"[|\n]", IMPOSSIBLE))
 def test_what_cannot_be_or_would_be_ignored_is_refused(flags, capsys):
     with pytest.raises(SystemExit) as end:
         options(["--data", "digits", *flags.split()])
@@ -524,19 +437,214 @@ def test_what_cannot_be_or_would_be_ignored_is_refused(flags, capsys):
     assert end.value.code == 2 and "error" in line and flags.split()[0] in line
 
 
+def test_which_head_is_shown_and_what_is_warned_of(capsys):
+    """The head with as many clusters as classes, else the first."""
+    late = "--k 10 --warmup-epochs 9 --epochs 9"
+    cases = [("--k 20 10 30", 500, 10, ""), ("--k 20 10 --head 20", 500, 20, ""), ("--k 20 30", 500, 20, "")]
+    for flags, n, head, word in [*cases, ("--k 10", 99, 10, "--k 10"), (late, 500, 10, "--warmup-epochs")]:
+        args = options(f"--data digits {flags}".split())
+        check(args, common.Images("x", torch.zeros(n, 1), None, None, list(range(10))))
+        said = capsys.readouterr().out
+        assert args.head == head and said.count("WARNING") == bool(word) and word in said
+
+
+# --------------------------------------------------------------------------- whole runs
+STEPS, TESTS, CROPS = 1437 // 256, math.ceil(360 / 256), math.ceil(1437 / 256)  # digits: 5 steps an epoch
+QUICK = "--batch-size 256 --epochs 3 --warmup-epochs 1 --image-size 16 --dim 16 --out run"
+SMALL = f"--recipe digits {QUICK} --batch-size 8 --k 4 2 --epochs 2 --workers 0"
+QUICK += " --data digits --k 10 20"
+ONE, MULTI = QUICK + " --views 1 --first-stage 0.4 --label-size 3", QUICK + " --views multi --local-crops 2"
+# The script without its picture, which takes as long as three epochs.
+QUIET = "import common; common.draw_clusters = lambda *a: None\n" + plain(SCRIPT)
+trap = functools.partial(jobs.trap, "coke")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root, gray = tmp_path_factory.mktemp("places"), np.full((32, 32, 3), 90, np.uint8)
+    write_images(root / "same", 40, lambda i: gray)
+    for name, count in (("flat", 24), ("train/a", 12), ("train/b", 12), ("val/a", 3), ("val/b", 3)):
+        write_images(root / name, count, size=100)  # too large to be decoded once
+    for path in ("train/a/003.png", "val/b/001.png"):
+        (root / path).write_bytes(b"no image")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(start, places):  # a job of the script, to its end
+    def go(arguments, code=QUIET, world=1, folder=None, ok=True):
+        code = f"import os; os.environ['LOCAL_WORLD_SIZE'] = '{world}'\n{code}"  # as torchrun does
+        job = start(arguments.replace("PLACES", str(places)).split(), code, world, folder)
+        return job.ok() if ok else job.wait()
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def whole(run):
+    return {flags: run(flags, plain(SCRIPT)) for flags in (ONE, QUICK, MULTI)}
+
+
+def assignments(job):
+    with open(job.run / "assignments.csv", newline="") as file:
+        return [list(column) for column in zip(*list(csv.reader(file))[1:], strict=True)]
+
+
+@pytest.mark.parametrize(("flags", "views"), [(ONE, "1"), (QUICK, "2"), (MULTI, "multi")])
+def test_a_run_leaves_what_assigns_new_images(whole, flags, views):
+    """backbone.pt, its projector and clustering.pt give every head's clusters, by the nearest center, without duals."""
+    job, (train, test) = whole[flags], common.load_data("digits")
+    net = Network(options(flags.split()), 1)
+    backbone, meta = common.load_backbone(job.run / "backbone.pt")
+    net.encoder[1].load_state_dict(job.state("backbone.pt")["projector"])
+    net.encoder[0], model = backbone, job.state("clustering.pt")
+    result, clusters = job.log()[-1]["result"], [int(c) for c in assignments(job)[1]]
+    assert meta["method"] == f"coke-{views}" and model["k"] == [10, 20] == [len(c) for c in model["centers"]]
+    for h, centers in enumerate(model["centers"]):
+        for name, data in (("train", train), ("test", test)):
+            loader = common.Loader(data, 100, 16, 1.0, torch.device("cpu"), 0)
+            with torch.no_grad():
+                z = torch.cat([net.eval().encoder(x) for _, x in loader.test(torch.arange(len(data)))])
+            found = (z @ centers.T).argmax(1).tolist()
+            near = pytest.approx(result["heads"][h][name]["nmi_labels"], abs=0.01)  # a tie or two
+            assert plain_nmi(data.labels.tolist(), found) == near
+            if (h, name) == (0, "train"):
+                assert len(found) - sum(map(int.__eq__, found, clusters)) < 4
+                assert result["largest"] == max(map(clusters.count, set(clusters)))
+
+
+@pytest.mark.parametrize("flags", [ONE, QUICK, MULTI])
+def test_log_files_and_words_of_a_run(whole, flags):
+    """Clustering, training, with one view averaging; rates by the step; result, random network and pixels last."""
+    job, lines = whole[flags], whole[flags].out.splitlines()
+    first, *records, last = job.log()
+    assert [r["epoch"] for r in records] == [0, 1, 2, 3] and first["command"] == f"coke.py {flags}"
+    late = "averaging" if flags == ONE else "training"
+    assert [r["phase"] for r in records] == ["clustering", "training", late, late]
+    rates = [0.0, 4 / 5, *((1 + math.cos(math.pi * t / 10)) / 2 for t in (4, 9))]
+    assert [r["lr"] for r in records] == pytest.approx([0.05 * rate for rate in rates])
+    assert records[0]["changed"] == 1 and "nmi_previous" not in records[0] and "nmi_previous" in records[1]
+    for r in records:
+        assert r["uniform"] == pytest.approx((math.log(10) + math.log(20)) / 2)
+        assert [h["bound"] for h in r["heads"]] == pytest.approx([0.9 * STEPS * 256 / k for k in (10, 20)])
+        assert r["smallest"] == r["heads"][0]["smallest"] <= 128 <= r["largest"]
+    assert records[-1]["test"] == last["result"]["heads"][0]["test"]
+    shown = [line for line in lines if line.startswith("epoch")]
+    assert len(shown) == 4 and max(map(len, shown)) <= 100 and all("bound 115.2" in x for x in shown)
+    names = ".lock log.jsonl checkpoint.pt checkpoint.prev.pt backbone.pt clustering.pt clusters.png assignments.csv"
+    assert {p.name for p in job.run.iterdir()} == set(names.split()) and job.err == ""
+    scores = [last["result"]["heads"][0]["test"], *last["baselines"].values()]
+    assert list(last["baselines"]) == ["random network", "pixels"]
+    assert all(f"{100 * x['acc_labels']:.1f} / {100 * x['nmi_labels']:.1f}" in lines[-2] for x in scores)
+    assert (job.state()["heads"][1]["shares"] > 0).sum(1).max() == (2 if flags == ONE else 1)
+
+
+def assert_same(a, b):
+    """Two jobs ended with the same checkpoint, backbone, clustering, csv and log, bit for bit."""
+    x, y = ({k: v for k, v in job.state().items() if k != "log_bytes"} for job in (a, b))
+    assert x.pop("config") == y.pop("config")
+    torch.testing.assert_close(x, y, rtol=0, atol=0)
+    for name in ("backbone.pt", "clustering.pt", "assignments.csv"):
+        assert (a.run / name).read_bytes() == (b.run / name).read_bytes(), name
+    logs = [[{k: v for k, v in r.items() if k != "seconds"} for r in job.log()[1:]] for job in (a, b)]
+    assert logs[0] == logs[1]
+
+
+METER = ("coke.Meter", "add")
+START, EACH = CROPS + TESTS, STEPS + TESTS  # its calls before the first epoch, in each
+
+
 @pytest.mark.parametrize(
-    ("flags", "n", "classes", "head", "word"),
+    ("flags", "world", "code", "saved"),  # where the kill comes, epochs that checkpoint.pt holds by then
     [
-        ("--k 20 10 30", 1437, 10, 10, ""),
-        ("--k 20 10 --head 20", 1437, 10, 20, ""),
-        ("--k 20 30", 1437, 0, 20, ""),
-        ("--k 10", 99, 10, 10, "--k 10"),
-        ("--k 10 --warmup-epochs 9", 1437, 10, 10, "--warmup-epochs"),
+        (ONE, 1, trap(*METER, START + 2), None),  # in the clustering epoch
+        (ONE, 1, trap(*METER, START + 3 * EACH + 3), 3),  # averaging
+        (MULTI, 1, trap("torch", "save", 3, torn=True), 1),
+        (QUICK, 1, trap("coke", "save_clusters", 1), 4),
+        (ONE, 2, trap(*METER, START + 3 * EACH + 3), 3),
+        (SMALL + " --data PLACES --workers 2 --optimizer lars", 1, trap(*METER, 3 + 1 + 2 * 4 + 2), 2),
     ],
 )
-def test_which_head_is_shown_and_what_is_warned_of(flags, n, classes, head, word, capsys):
-    """The head with as many clusters as classes, else the first."""
-    args = options(f"--data digits --epochs 9 {flags}".split())
-    check(args, common.Images("x", torch.zeros(n, 1), None, None, list(range(classes))))
-    said = capsys.readouterr().out
-    assert args.head == head and said.count("WARNING") == bool(word) and word in said
+def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(run, whole, flags, world, code, saved):
+    reference = whole[flags] if world == 1 and flags in whole else run(flags, world=world)
+    killed = run(flags, code, world, ok=False)
+    assert -9 in killed.codes, killed.out + killed.err
+    assert (killed.state()["epoch"] if (killed.run / "checkpoint.pt").exists() else None) == saved
+    assert_same(run(flags, world=world, folder=killed.folder), reference)
+
+
+def test_a_finished_run_says_so_and_refuses_other_arguments(run, whole):
+    job, before = whole[ONE], contents(whole[ONE].run)
+    assert "result" in run(ONE, folder=job.folder).out and contents(job.run) == before
+    line = one_error(run(ONE + " --ratio 0.5 --label-size 4", folder=job.folder, ok=False))
+    assert "ratio 0.9 -> 0.5" in line and "label_size 3 -> 4" in line and contents(job.run) == before
+
+
+def one_error(job):
+    """The one line with which all processes ended, exit code 2; argparse's usage may precede it."""
+    assert set(job.codes) == {2} and "Traceback" not in job.out + job.err, job.out + job.err
+    (line,) = re.findall(r"^coke.py: error: .*\n\Z", job.err, re.MULTILINE)
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts", "world"),
+    [
+        ("--k 10 1438", "--k 1438|1437|try 28", 2),
+        ("--batch-size 63", "--batch-size 63|2 processes", 2),
+        ("--lr 1e30 --momentum 0", "--lr", 2),
+        ("--head 30", "--head 30|10 20", 1),
+    ],
+)
+def test_mistakes_end_with_exit_code_2_and_one_line(run, arguments, parts, world):
+    line = one_error(run(f"{QUICK} {arguments}", world=world, ok=False))
+    assert all(part in line for part in parts.split("|")), line
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--data PLACES/same --optimizer lars",
+        "--data PLACES/flat --k 24 1 --ratio 1 --views 1 --first-stage 0 --predictor-weight 1",
+        "--data PLACES/flat --init-epochs 0 --ratio 0 --label-weight 0",
+        "--data PLACES --arch resnet18 --views multi --local-size 8 --color --blur --local-crops 2",
+    ],
+)
+def test_odd_data_runs_and_every_number_is_finite(run, more):
+    """Identical images, as many clusters as images, no labels; labels, files that cannot be read, all colors."""
+    job = run(f"{SMALL} {more}")
+    records, (images, clusters) = epochs(job.log()), assignments(job)  # the log refuses NaN
+    tables = [job.state()["net"], *job.state()["heads"]]
+    assert all(x.isfinite().all() for table in tables for x in table.values())
+    assert len(images) == len(set(images)) and ("unreadable" in clusters) == ("resnet18" in more)
+    assert all(("nmi_labels" in r) == ("resnet18" in more) for r in records)
+    if "resnet18" in more:  # of the five test images that can be read
+        assert round(5 * records[-1]["test"]["acc_labels"], 9) in range(6)
+
+
+def test_digits_are_learnt(run):
+    """A third of `python coke.py`: better than k-means on the random network; the bound holds within sqrt(2 N)."""
+    *_, record, last = run("--data digits --epochs 20 --k 10 30 --out run").log()
+    reached, others = last["result"]["heads"][0]["test"], last["baselines"]
+    assert reached["acc_labels"] > max(0.72, others["random network"]["acc_labels"] + 0.08), (reached, others)
+    assert record["nmi_previous"] > 0.8 and record["changed"] < 0.3
+    assert record["loss"] < record["uniform"] / 1.5
+    assert record["smallest"] > record["bound"] - math.sqrt(2 * 1437) and record["heads"][1]["smallest"] > 0
+
+
+def test_torchrun_with_two_processes(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command, environment = [*launcher, SCRIPT, *QUICK.split(), "--epochs", "2"], {**os.environ, **ONE_THREAD}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    records = jobs.read_log(tmp_path / "run" / "log.jsonl")
+    assert records[0]["processes"] == 2 and len(epochs(records)) == 3 and "result" in records[-1]
+    assert len(re.findall(r"^epoch 2\b", done.stdout, re.MULTILINE)) == 1
+
+
+def test_functions_are_short_and_common_is_imported_before_torch():
+    functions = [f for f in ast.walk(ast.parse(SCRIPT.read_text())) if isinstance(f, ast.FunctionDef)]
+    lengths = {f.name: f.end_lineno - f.lineno + 1 for f in functions}
+    assert {f: n for f, n in lengths.items() if n > (85 if f in ("main", "options") else 45)} == {}
+    order = [line.split()[1] for line in SCRIPT.read_text().splitlines() if re.match(r"(from|import) ", line)]
+    assert order.index("common") < order.index("torch")

@@ -19,7 +19,7 @@ METHODS = ["deepcluster", "local_aggregation", "coke", "lsdc"]
 METHODS = [name for name in METHODS if (ROOT / f"{name}.py").exists()]
 SCRIPTS = [*METHODS, "eval_linear"]
 # The others stand on legacy.py, the earlier common.py, and share flags and sections until they have moved.
-MOVED = {"deepcluster", "local_aggregation", "eval_linear"}
+MOVED = {"deepcluster", "local_aggregation", "coke", "eval_linear"}
 UNMOVED = [name for name in METHODS if name not in MOVED]
 OURS = {path.stem for path in ROOT.glob("*.py")}
 
@@ -114,25 +114,6 @@ def test_shared_flags_come_first_and_in_their_order(name):
     """The same flags in the same order, before any other."""
     names = [flag for flag, _ in flags(name)]
     assert names[: len(SHARED)] == SHARED and len(set(names)) == len(names)
-
-
-@pytest.mark.parametrize("name", UNMOVED)
-def test_shared_flags_are_declared_alike(name):
-    """The copies agree with coke.py's in type and kind; only defaults and help are each script's own."""
-
-    def kind(script):
-        found = {}
-        for flag, call in flags(script):
-            if flag in SHARED:
-                parts = [option(call, k) for k in ("type", "choices")] + [option(call, "action")]
-                found[flag] = [None if p is None else ast.unparse(p) for p in parts]
-        return found
-
-    theirs, wanted = kind(name), kind("coke")
-    if name == "lsdc":  # it alone clusters vectors
-        wanted["--arch"][1] = "[*ARCHS, 'mlp']"
-    for flag, want in wanted.items():
-        assert theirs[flag] == want, flag
 
 
 @pytest.mark.parametrize("name", UNMOVED)
