@@ -93,7 +93,7 @@ GRAY = {
     **CIFAR, "arch": "lenet5", "k": [10, 20, 50, 100], "epochs": 10, "lr": 0.05, "warmup_epochs": 5, "crop_area": 0.6,
     "projector_layers": 2, "temperature": 0.1, "label_weight": 0.5, "color": False, "local_area": [0.5, 0.9],
 }  # fmt: skip
-DIGITS = {**GRAY, "k": [10, 20, 30, 40, 50], "epochs": 60, "dual_lr": 3.0, "crop_area": 0.8, "flip": False}
+DIGITS = {**GRAY, "k": [10, 20, 30, 40, 50], "epochs": 60, "dual_lr": 1.0, "crop_area": 0.8, "flip": False}
 RECIPES = {
     "imagenet": IMAGENET,  # and folders
     "imagenet-multi": {**IMAGENET, "epochs": 800},
