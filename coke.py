@@ -3,8 +3,7 @@ cluster's size; the network learns to predict the cluster that each image had in
 
 Qian, Xu, Hu, Li & Jin, Unsupervised Visual Representation Learning by Online Constrained K-Means, CVPR 2022.
 
-    each batch:  x = unit(projector(backbone(crops)))             (V, B, D)  V random crops of each image
-                 p = unit(predictor(..))                          (V, B, D)  from the same projections
+    each batch:  z = projector(backbone(V random crops of each image)); x = unit(z), p = unit(predictor(z))  (V, B, D)
                  label = argmax_k(mean of x . C_now + duals)      (B,)       the target one epoch later
                  duals -= eta (share of the batch in k - r / K)   (K,)       not below 0 if r < 1
                  C_now = unit(mean of the images of k this epoch) (K, D)
@@ -12,10 +11,10 @@ Qian, Xu, Hu, Li & Jin, Unsupervised Visual Representation Learning by Online Co
     each epoch:  C_prev = C_now
 
 The duals (Lagrange multipliers of the bound) are a bonus for choosing a cluster, which grows while the cluster gets less
-than its share of the images. H heads of different K cluster the same embeddings. Two views: the target is the label and
-the prediction of the other view, a label + (1 - a) softmax(x_other . C_prev / T). "multi": local crops besides, small
-ones, which have the mean of both large, global crops in that place. One view: a second stage instead, the last fifth of
-the epochs; images are assigned to C_prev, and labels and centers become averages over its epochs.
+than its share of the images. H heads of different K cluster the same embeddings. With two views a target is the label
+and what the other view predicts, a label + (1 - a) softmax(x_other . C_prev / T); "multi" adds small, local crops, for
+which that is the mean of both large, global ones. With one view a second stage, the last fifth of the epochs, assigns
+images to C_prev, and labels and centers become averages over its epochs.
 
 Symbols: N images, B batch (--batch-size, over all processes), V views (--views), H heads, K clusters of a head (--k),
 D embedding size (--dim), S --label-size, C_now, C_prev centers now and of the last epoch, r --ratio, eta --dual-lr,
@@ -26,7 +25,11 @@ T --temperature, a --label-weight, b --predictor-weight.
     python coke.py --data my/photos --recipe photos            some thousand images, no labels needed
     torchrun --nproc_per_node=8 coke.py --data data/imagenet   the paper's run with two views
 
-What to expect: EXPECT
+What to expect: digits, a minute on a CPU, ACC / NMI / ARI of test images 92.4 / 88.8 / 84.8 % (seeds 0 to 4: ACC 89.7,
+95.0, 88.6, 93.9, 94.7), one view 90.9, multi 89.8 (3 seeds); k-means on pixels 72.8, on the random network 55.4. The loss
+falls below "uniform", that of equal similarities. The bound binds: the smallest of 10 clusters has 128 images in the mean
+(bound 127), with --ratio 0 it has 85, and ACC is 84.2; of 50 clusters 16 (25), 0 without. It is kept up to some sqrt(2 N)
+images (Theorem 1). What ends up together is decided early, and rounding changes it: seeds and machines differ by points.
 Stopped at any time, the same command goes on after the last epoch.
 
 Departs from the paper and the authors' code, on purpose:
@@ -35,9 +38,8 @@ Departs from the paper and the authors' code, on purpose:
  2. One view: b = 0.5 (the code's script: 1, its parser 0.5; the paper: as good as 1).
  3. The two views differ in blur, and the second may be solarized, as in the code (the paper: "as in others").
  4. Duals have the code's floor at 0, for r < 1; the theory's bound on their sum is left out, there as well.
- 5. An averaged label is never spread out over all K: the loss reads its at most S clusters. In the code a new label
-    whose number is 1 can take two places. An epoch's last incomplete batch is dropped: its images keep their label;
-    one that has none yet is trained with what it gets now.
+ 5. An averaged label is never spread out over all K: the loss reads its at most S clusters. An epoch's last incomplete
+    batch is dropped: its images keep their label; one that has none yet is trained with what it gets now.
  6. Centers, duals and labels are computed by each process for the whole batch; process 0's are sent around once an
     epoch (the code: buffers of the network, sent around before every step).
  7. On several GPUs batch norm is over all of them, each view on its own, as in the code; several processes on CPUs each
@@ -230,8 +232,7 @@ def assign(x, centers, duals):
 def step_duals(duals, share, ratio, lr):
     """rho_k - lr (share of the batch in k - r / K), (K,) [3.1].
 
-    A cluster below its share becomes the more attractive. r < 1: not below 0, as more than r / K is no fault. r = 1: no
-    floor, for equal sizes are wanted.
+    A cluster below its share becomes the more attractive. r < 1: not below 0; r = 1 wants equal sizes: no floor.
     """
     duals = duals - lr * (share - ratio / len(share))
     return duals if ratio == 1 else duals.clamp(min=0)
@@ -261,8 +262,7 @@ def average_labels(labels, shares, found, weight):
     """Labels (B, S) and their shares after the clusters found (B,) came in with weight w [3.2.2].
 
     shares <- (1 - w) shares, that of the found cluster + w. If it is not among the S of an image, it takes the place of
-    the smallest, and the others are scaled to 1 - w. Shares sum to 1; w = 1 (first stage, and images without a label)
-    leaves the found cluster alone.
+    the smallest, and the others are scaled to 1 - w. w = 1 (first stage) or no label yet: it alone is left.
     """
     hit = (labels == found[:, None]) & (shares > 0)
     least = F.one_hot(shares.argmin(1), shares.shape[1]).bool()
@@ -334,8 +334,7 @@ def learning_rate(lr, step, steps, warmup):
 def lars(parameters, wd, trust=0.001):
     """Make the gradients those whose SGD with momentum is LARS, in place [supplementary 2.1, code].
 
-    Two dimensions or more: g <- g + wd w, then g <- g trust ||w|| / ||g||, if neither is 0. Biases and batch norm's keep
-    their gradient: no decay, no scaling.
+    Two dimensions or more: g <- g + wd w, then g <- g trust ||w|| / ||g||, if neither is 0. Others keep their gradient.
     """
     for w in parameters:
         if w.ndim > 1 and w.grad is not None:
