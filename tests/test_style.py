@@ -19,7 +19,7 @@ METHODS = ["deepcluster", "local_aggregation", "coke", "lsdc"]
 METHODS = [name for name in METHODS if (ROOT / f"{name}.py").exists()]
 SCRIPTS = [*METHODS, "eval_linear"]
 # The others stand on legacy.py, the earlier common.py, and share flags and sections until they have moved.
-MOVED = {"deepcluster", "local_aggregation", "eval_linear"}
+MOVED = {"deepcluster", "local_aggregation", "lsdc", "eval_linear"}
 UNMOVED = [name for name in METHODS if name not in MOVED]
 OURS = {path.stem for path in ROOT.glob("*.py")}
 
