@@ -92,8 +92,8 @@ RECIPES = {
     "svhn": {**PAPER, "flip": False},  # from here on ours
     "fashionmnist": {**SMALL, "epochs": 12, "lr_steps": [7, 10], "ramp_up": 10, "image_size": 28, "flip": True,
                      "train_on": "train"},
-    "digits": {**SMALL, "epochs": 100, "lr_steps": [75, 90], "ramp_up": 50, "freeze_stages": 0,
-               "sne_temperature": 2.0, "train_on": "train", "pretrain": "none", "score_every": 10},
+    "digits": {**SMALL, "epochs": 100, "lr_steps": [75, 90], "ramp_up": 50, "freeze_stages": 0, "pad": 0,
+               "crop_area": 0.85, "sne_temperature": 2.0, "train_on": "train", "pretrain": "none", "score_every": 10},
     "photos": {**PAPER, "lr": 0.02, "pretrain_lr": 0.02, "epochs": 40, "lr_steps": [25, 33], "ramp_up": 20,
                "batch_size": 128, "num_neighbors": 8, "image_size": 128, "center_fraction": 0.875, "pad": 0,
                "train_on": "train", "pretrain_epochs": 20, "pretrain_lr_steps": [6, 12, 16]},  # and folders
@@ -499,7 +499,7 @@ def load(args):
     both = torch.arange(len(data.labels))
     if not test:
         return data, {"train": both}
-    data.classes, data.paths = train.classes or test.classes, train.paths and train.paths + test.paths
+    data.paths = train.paths and train.paths + test.paths
     data.unreadable = train.unreadable | {n + i for i in test.unreadable}
     shapes = {None if x.pixels is None else x.pixels.shape[1:] for x in parts}
     data.pixels = torch.cat([x.pixels for x in parts]) if len(shapes) == 1 and None not in shapes else None
