@@ -22,7 +22,10 @@ consistency, which rises to lambda (--consistency) in the T epochs of --ramp-up.
     python lsdc.py --data reuters.npz --k 4              vectors: array features (N, D) and, if known, labels (N,)
     torchrun --nproc_per_node=8 lsdc.py --data cifar10   the paper's table 1
 
-What to expect: EXPECT
+What to expect: on digits, 50 s on 2 cores, accuracy of the test images 94, 87, 96 % with seeds 0 to 2 (k-means on the
+random network 59, on pixels 70; the recipe was chosen by looking at it). Nothing keeps clusters equal in size, and
+seeds differ by ten points. Of all pairs 5 % are "positive", half of these of one class ("purity" in log.jsonl), at the
+end nine tenths. Mixed samples keep the loss far above 0. Cosine labels may run away to ever more positive pairs.
 Stopped at any time, the same command goes on after the last epoch, of RotNet, too.
 
 Departs from the paper and its code, on purpose:
@@ -652,8 +655,7 @@ def finish(run, net, loader, where, baselines, args):
         rows = {"LSD-C": ours} | {other: parts[name] for other, parts in baselines.items()}
         words = [" ".join([other, *(f"{100 * x:.1f}" for x in row.values())]) for other, row in rows.items()]
         print_once(f"{name}, NMI, ACC, ARI in %: {', '.join(words)}")
-    pictures = "" if args.arch == "mlp" else " and clusters.png"
-    print_once(f"which image is in which cluster: {run.out}/assignments.csv{pictures}")
+    print_once(f"which image is in which cluster: {run.out}/assignments.csv")
 
 
 def draw_confusion(path, tables, classes):

@@ -35,6 +35,7 @@ QUICK += " --pretrain-lr-steps 1"
 SMALL = "--recipe digits --image-size 16 --batch-size 8 --k 3 --epochs 2 --score-every 1 --workers 0"
 SMALL += " --pretrain rotnet --pretrain-epochs 1 --pretrain-batch-size 8 --out run"
 FEW = f"{SMALL} --num-neighbors 2"
+LARGE = f"--data PLACES/large {FEW} --mix ricap --workers 2 --train-on both --freeze-bn --freeze-stages 1"
 VECTORS = "--data PLACES/vectors.npz --k 10 --batch-size 64 --epochs 3 --out run"
 trap = functools.partial(jobs.trap, "lsdc")
 rng = np.random.default_rng
@@ -550,9 +551,8 @@ def test_log_and_files_of_a_run(whole):
     names = ".lock log.jsonl checkpoint.pt checkpoint.prev.pt backbone.pt rotnet.pt clustering.pt"
     names += " assignments.csv clusters.png confusion.png"
     assert {p.name for p in whole.run.iterdir()} == set(names.split()) and whole.err == ""
-    lines = whole.out.splitlines()
-    assert max(len(line) for line in lines if line.startswith("epoch")) <= 100
-    (line,) = (line for line in lines if line.startswith("test, NMI"))
+    assert max(len(line) for line in whole.out.splitlines() if line.startswith("epoch")) <= 100
+    (line,) = (line for line in whole.out.splitlines() if line.startswith("test, NMI"))
     assert all(name in line for name in ("LSD-C", *last["result"]["baselines"]))
 
 
@@ -635,9 +635,6 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(run, whole, na
     assert_same(run(QUICK, folder=killed.folder), whole)
 
 
-LARGE = f"--data PLACES/large {FEW} --mix ricap --workers 2 --train-on both --freeze-bn --freeze-stages 1"
-
-
 @pytest.mark.parametrize(
     "arguments,n,world",  # the Meter.add that kills, processes
     [
@@ -678,7 +675,7 @@ ODD = {  # arguments: parts with labels
 }
 
 
-def test_odd_data_runs_and_every_number_is_finite(run):
+def test_odd_data_runs_and_every_number_is_finite(run, places):
     """Scores of parts with labels, an assignment for each image, names of classes that no font knows."""
     jobs_of = two_at_once({a: lambda a=a: run(a, plain(SCRIPT)) for a in ODD})
     for arguments, job in jobs_of.items():
@@ -693,6 +690,9 @@ def test_odd_data_runs_and_every_number_is_finite(run):
         positive = {"--sne-threshold 1": 0, "--k 1 ": 1}  # nobody and everybody
         assert all(records[-1]["positive"] == want for word, want in positive.items() if word in arguments)
         assert job.err == "", job.err
+    data, _ = lsdc.load(options(["--data", f"{places}/vectors.npz"]))  # vectors come as they are
+    ((_, x),) = common.Loader(data, 300, 1, 1.0, torch.device("cpu"), 0).test(torch.arange(300))
+    torch.testing.assert_close(x[:, :, 0, 0].double().numpy(), np.load(places / "vectors.npz")["features"])
 
 
 def test_digits_are_learnt(run):
