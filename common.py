@@ -624,16 +624,26 @@ class Backbone(nn.Module):
     before its ReLU, of ResNets the last map, flattened or (pool) averaged.
 
     net: the network with torchvision's names of weights; norm: batch norm in the hidden linear layers, too, which
-    then start as PyTorch starts them.
+    then start as PyTorch starts them; pool_shortcuts: see resnet.
     """
 
-    def __init__(self, arch, channels=3, image_size=224, sobel=False, dropout=0.5, pool=False, norm=False):
+    def __init__(
+        self,
+        arch,
+        channels=3,
+        image_size=224,
+        sobel=False,
+        dropout=0.5,
+        pool=False,
+        norm=False,
+        pool_shortcuts=False,
+    ):
         super().__init__()
         self.meta = {"arch": arch, "channels": channels, "image_size": image_size, "sobel": sobel}
-        self.meta |= {"pool": pool, "norm": norm}
+        self.meta |= {"pool": pool, "norm": norm, "pool_shortcuts": pool_shortcuts}
         self.sobel, cin = (Sobel(), 2) if sobel else (nn.Identity(), channels)
         try:
-            make, more = (plain_net, (dropout, norm)) if arch in PLANS else (resnet, (pool,))
+            make, more = (plain_net, (dropout, norm)) if arch in PLANS else (resnet, (pool, pool_shortcuts))
             self.net = make(arch, cin, image_size, *more)
             with torch.no_grad():
                 self.dim = self.eval()(torch.zeros(1, channels, image_size, image_size)).shape[1]
@@ -671,11 +681,20 @@ def plain_net(arch, channels, size, dropout, norm):
     return net
 
 
-def resnet(arch, channels, size, pool):
-    """torchvision's ResNet without fc; up to 64 pixels with a 3x3 stem and no pooling."""
+def resnet(arch, channels, size, pool, pool_shortcuts):
+    """torchvision's ResNet without fc; up to 64 pixels with a 3x3 stem and no pooling.
+
+    pool_shortcuts: the 3x3 stem up to 96 pixels; shortcuts without weights, which average a map where it shrinks and
+    add maps of zeros [LSD-C].
+    """
     net = getattr(torchvision.models, arch)()
+    for block in [net.get_submodule(f"layer{i}.0") for i in (1, 2, 3, 4)] if pool_shortcuts else []:
+        if block.downsample:
+            conv = block.downsample[0]
+            zeros = nn.ConstantPad3d((0, 0, 0, 0, 0, conv.out_channels - conv.in_channels), 0.0)
+            block.downsample = nn.Sequential(nn.AvgPool2d(conv.stride, ceil_mode=True), zeros)
     net.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
-    if size <= 64:
+    if size <= (96 if pool_shortcuts else 64):
         net.conv1, net.maxpool = nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.Identity()
     net.fc, net.avgpool = nn.Identity(), net.avgpool if pool else nn.Identity()
     he_init(net)
@@ -1012,17 +1031,19 @@ class Run:
                 file.write(json.dumps(record) + "\n")
 
     def save(self, state, backbone, loader, **more):
-        """checkpoint.pt; and backbone.pt, a Backbone alone: {"state_dict": torchvision's names, "meta": how to build
-        and feed it}, and what more a method has, like the layer behind it."""
+        """checkpoint.pt; and backbone.pt, a Backbone alone, with what more a method has, like the layer behind it."""
         if is_main():
             state = {**state, "config": self.config, "log_bytes": self.log_path.stat().st_size}
             save_file(self.out / "checkpoint.pt", state, keep=not self.damaged)
-            self.damaged, data = False, loader.data
-            meta = {**backbone.meta, "method": self.method, "center_fraction": loader.center.center}
-            meta |= {"data": data.name, "mean": list(data.mean), "std": list(data.std)}
-            save_file(
-                self.out / "backbone.pt", {"state_dict": backbone.net.state_dict(), "meta": meta, **more}
-            )
+            self.damaged = False
+        self.save_backbone("backbone.pt", self.method, backbone, loader, **more)
+
+    def save_backbone(self, name, method, backbone, loader, **more):
+        """A file {"state_dict": torchvision's names, "meta": how to build and feed it, and whose it is}, and more."""
+        data = loader.data
+        meta = {**backbone.meta, "method": method, "center_fraction": loader.center.center}
+        meta |= {"data": data.name, "mean": list(data.mean), "std": list(data.std)}
+        save_file(self.out / name, {"state_dict": backbone.net.state_dict(), "meta": meta, **more})
 
 
 def what_runs(args, data):
@@ -1098,15 +1119,17 @@ def load_backbone(path, **changed):
     saved = read_backbone(path)
     names = ("arch", "channels", "image_size", "sobel", "pool", "norm")
     try:
-        backbone = Backbone(**{**{name: saved["meta"][name] for name in names}, **changed})
+        kind = {name: saved["meta"][name] for name in names}
+        kind["pool_shortcuts"] = saved["meta"].get("pool_shortcuts", False)
+        backbone = Backbone(**{**kind, **changed})
         backbone.net.load_state_dict(saved["state_dict"])
     except (KeyError, RuntimeError) as problem:
         error(f"{path}: its weights fit no network of these scripts ({problem!r})")
     return backbone.eval(), saved["meta"]
 
 
-def save_clusters(out, loader, assign, distance):
-    """assignments.csv: image (path, or position in a named set) and cluster, or "unreadable"; clusters.png.
+def save_clusters(out, loader, assign, distance, picture=True):
+    """assignments.csv: image (path, or position in a named set) and cluster, or "unreadable"; perhaps clusters.png.
 
     assign, distance (N,) of all images, the same on all processes.
     """
@@ -1118,7 +1141,7 @@ def save_clusters(out, loader, assign, distance):
     with open(out / "assignments.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([("image", "cluster"), *zip(names, clusters, strict=True)])
     try:
-        draw_clusters(out / "clusters.png", loader, assign, distance)
+        draw_clusters(out / "clusters.png", loader, assign, distance) if picture else None
     except Exception as problem:  # a picture never ends a run
         print(f"WARNING: no clusters.png ({problem})", flush=True)
 
