@@ -452,13 +452,13 @@ def labelled(data, where):
 
 def kmeans_scores(features, loader, learn, where, args):
     """label_scores, by part, of k-means on features as they are; its centroids from the first `learn` images."""
-    data, own, parts = loader.data, torch.arange(*shard(len(loader.data))), labelled(loader.data, where)
-    if not parts:
+    data, own = loader.data, torch.arange(*shard(len(loader.data)))
+    if data.labels.max() < 0:
         return {}
     z = extract(features, loader, own)
     centroids = kmeans(z[own < learn], args.k, generator(args.seed, "baselines"))[2]
     assign = all_gather(nearest(z, centroids)[1][:, 0]).cpu()
-    return {name: label_scores(data.labels[i], assign[i]) for name, i in parts.items()}
+    return {name: label_scores(data.labels[i], assign[i]) for name, i in labelled(data, where).items()}
 
 
 def evaluate(net, loader, where, args):

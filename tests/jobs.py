@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 CODE = """
 import json, os, signal, socket, sys, traceback
-import common, legacy
+import common
 import scipy.linalg, scipy.sparse, sklearn.datasets, sklearn.metrics, torch, torchvision
 def child(job, rank, port):
     os.chdir(job["folder"])
@@ -278,7 +278,7 @@ def assert_same(a, b):
     x, y = ({k: v for k, v in job.state().items() if k != "log_bytes"} for job in (a, b))
     assert x.pop("config") == y.pop("config")
     torch.testing.assert_close(x, y, rtol=0, atol=0)
-    for name in ("backbone.pt", "clustering.pt", "assignments.csv"):
+    for name in {"backbone.pt", "rotnet.pt", "clustering.pt", "assignments.csv"} & contents(a.run).keys():
         assert (a.run / name).read_bytes() == (b.run / name).read_bytes(), name
     logs = [[{k: v for k, v in r.items() if "seconds" not in k} for r in job.log()[1:]] for job in (a, b)]
     assert logs[0] == logs[1]

@@ -449,45 +449,16 @@ def test_which_head_is_shown_and_what_is_warned_of(capsys):
 
 
 # --------------------------------------------------------------------------- whole runs
-STEPS, TESTS, CROPS = 1437 // 256, math.ceil(360 / 256), math.ceil(1437 / 256)  # digits: 5 steps an epoch
+STEPS = 1437 // 256  # of an epoch of the digits
 QUICK = "--batch-size 256 --epochs 3 --warmup-epochs 1 --image-size 16 --dim 16 --out run"
 SMALL = f"--recipe digits {QUICK} --batch-size 8 --k 4 2 --epochs 2 --workers 0"
 QUICK += " --data digits --k 10 20"
 ONE, MULTI = QUICK + " --views 1 --first-stage 0.4 --label-size 3", QUICK + " --views multi --local-crops 2"
-# The script without its picture, which takes as long as three epochs.
-QUIET = "import common; common.draw_clusters = lambda *a: None\n" + plain(SCRIPT)
-trap = functools.partial(jobs.trap, "coke")
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    root, gray = tmp_path_factory.mktemp("places"), np.full((32, 32, 3), 90, np.uint8)
-    write_images(root / "same", 40, lambda i: gray)
-    for name, count in (("flat", 24), ("train/a", 12), ("train/b", 12), ("val/a", 3), ("val/b", 3)):
-        write_images(root / name, count, size=100)  # too large to be decoded once
-    for path in ("train/a/003.png", "val/b/001.png"):
-        (root / path).write_bytes(b"no image")
-    return root
-
-
-@pytest.fixture(scope="module")
-def run(start, places):  # a job of the script, to its end
-    def go(arguments, code=QUIET, world=1, folder=None, ok=True):
-        code = f"import os; os.environ['LOCAL_WORLD_SIZE'] = '{world}'\n{code}"  # as torchrun does
-        job = start(arguments.replace("PLACES", str(places)).split(), code, world, folder)
-        return job.ok() if ok else job.wait()
-
-    return go
 
 
 @pytest.fixture(scope="module")
 def whole(run):
     return {flags: run(flags, plain(SCRIPT)) for flags in (ONE, QUICK, MULTI)}
-
-
-def assignments(job):
-    with open(job.run / "assignments.csv", newline="") as file:
-        return [list(column) for column in zip(*list(csv.reader(file))[1:], strict=True)]
 
 
 @pytest.mark.parametrize(("flags", "views"), [(ONE, "1"), (QUICK, "2"), (MULTI, "multi")])
@@ -498,7 +469,7 @@ def test_a_run_leaves_what_assigns_new_images(whole, flags, views):
     backbone, meta = common.load_backbone(job.run / "backbone.pt")
     net.encoder[1].load_state_dict(job.state("backbone.pt")["projector"])
     net.encoder[0], model = backbone, job.state("clustering.pt")
-    result, clusters = job.log()[-1]["result"], [int(c) for c in assignments(job)[1]]
+    result, clusters = job.log()[-1]["result"], read_assignments(job.run / "assignments.csv")[1]
     assert meta["method"] == f"coke-{views}" and model["k"] == [10, 20] == [len(c) for c in model["centers"]]
     for h, centers in enumerate(model["centers"]):
         for name, data in (("train", train), ("test", test)):
@@ -613,7 +584,7 @@ def test_mistakes_end_with_exit_code_2_and_one_line(run, arguments, parts, world
 def test_odd_data_runs_and_every_number_is_finite(run, more):
     """Identical images, as many clusters as images, no labels; labels, files that cannot be read, all colors."""
     job = run(f"{SMALL} {more}")
-    records, (images, clusters) = epochs(job.log()), assignments(job)  # the log refuses NaN
+    records, (images, clusters) = epochs(job.log()), read_assignments(job.run / "assignments.csv")  # the log refuses NaN
     tables = [job.state()["net"], *job.state()["heads"]]
     assert all(x.isfinite().all() for table in tables for x in table.values())
     assert len(images) == len(set(images)) and ("unreadable" in clusters) == ("resnet18" in more)

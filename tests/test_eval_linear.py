@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import eval_linear
-import legacy
 from common import Backbone, Images, Loader, View, generator, knn_accuracy, load_data
 from eval_linear import (
     Features,

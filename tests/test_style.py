@@ -103,7 +103,7 @@ def test_every_flag_is_used(name):
         n.attr
         for script in (name, "common")
         for n in ast.walk(tree(script))
-        if isinstance(n, ast.Attribute) and getattr(n.value, "id", None) == "args"
+        if isinstance(n, ast.Attribute) and getattr(n.value, "id", None) in ("args", "known", "typed")
     }
     assert {flag[2:].replace("-", "_") for flag, _ in flags(name)} <= read
 
