@@ -1,5 +1,5 @@
-"""CoKe: cluster and train in one pass. Every batch is assigned to the nearest centers, subject to a lower bound on every
-cluster's size; the network learns to predict the cluster that each image had in the epoch before.
+"""CoKe: cluster and train in one pass. Every batch is assigned to the nearest centers, subject to a lower bound on
+every cluster's size; the network learns to predict the cluster that each image had in the epoch before.
 
 Qian, Xu, Hu, Li & Jin, Unsupervised Visual Representation Learning by Online Constrained K-Means, CVPR 2022.
 
@@ -10,11 +10,11 @@ Qian, Xu, Hu, Li & Jin, Unsupervised Visual Representation Learning by Online Co
                  loss = cross-entropy of softmax(x . C_prev / T) to last epoch's label; the same for p
     each epoch:  C_prev = C_now
 
-The duals (Lagrange multipliers of the bound) are a bonus for choosing a cluster, which grows while the cluster gets less
-than its share of the images. H heads of different K cluster the same embeddings. With two views a target is the label
-and what the other view predicts, a label + (1 - a) softmax(x_other . C_prev / T); "multi" adds small, local crops, for
-which that is the mean of both large, global ones. With one view a second stage, the last fifth of the epochs, assigns
-images to C_prev, and labels and centers become averages over its epochs.
+The duals (Lagrange multipliers of the bound) are a bonus for choosing a cluster, which grows while the cluster gets
+less than its share of the images. H heads of different K cluster the same embeddings. With two views a target is the
+label and what the other view predicts, a label + (1 - a) softmax(x_other . C_prev / T); "multi" adds small, local
+crops, for which that is the mean of both large, global ones. With one view a second stage, the last fifth of the
+epochs, assigns images to C_prev, and labels and centers become averages over its epochs.
 
 Symbols: N images, B batch (--batch-size, over all processes), V views (--views), H heads, K clusters of a head (--k),
 D embedding size (--dim), S --label-size, C_now, C_prev centers now and of the last epoch, r --ratio, eta --dual-lr,
@@ -25,12 +25,12 @@ T --temperature, a --label-weight, b --predictor-weight.
     python coke.py --data my/photos --recipe photos            some thousand images, no labels needed
     torchrun --nproc_per_node=8 coke.py --data data/imagenet   the paper's run with two views
 
-What to expect: digits, a minute on a CPU, ACC / NMI / ARI of test images 92.4 / 88.8 / 84.8 % (seeds 0 to 4: ACC 89.7,
-95.0, 88.6, 93.9, 94.7), one view 90.9, multi 89.8 (3 seeds); k-means on pixels 72.8, on the random network 55.4. The loss
-falls below "uniform", that of equal similarities. The bound binds: the smallest of 10 clusters has 128 images in the mean
-(bound 127), with --ratio 0 it has 85, and ACC is 84.2; of 50 clusters 16 (25), 0 without. It is kept up to some sqrt(2 N)
-images (Theorem 1). What ends up together is decided early, and rounding changes it: seeds and machines differ by points.
-Stopped at any time, the same command goes on after the last epoch.
+What to expect: digits, a minute on a CPU, ACC / NMI / ARI of test images 92.4 / 88.8 / 84.8 % (seeds 0 to 4: ACC
+89.7, 95.0, 88.6, 93.9, 94.7), one view 90.9, multi 89.8 (3 seeds); k-means on pixels 72.8, on the random network
+55.4. The loss falls below that of a uniform prediction, printed first. The bound binds: the smallest of 10 clusters
+has 128 images in the mean (bound 127), with --ratio 0 it has 85, and ACC is 84.2; of 50 clusters 16 (25), 0 without.
+It is kept up to some sqrt(2 N) images (Theorem 1). Which images end up together is decided early, and rounding changes
+it: seeds and machines differ by points. Stopped at any time, the same command goes on after the last epoch.
 
 Departs from the paper and the authors' code, on purpose:
  1. The first clustering pass is --init-epochs, on top of the paper's count of epochs, and trains nothing (the code:
@@ -73,8 +73,8 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% recipes and options
-# Data set (or data-views) -> hyper-parameters. imagenet: the paper's runs (supplementary 2.1, main tables, code); cifar10
-# and cifar100-20: its clustering runs (supplementary 2.4). The others are ours. Flags override.
+# Data set (or data-views) -> hyper-parameters. imagenet: the paper's runs (supplementary 2.1, main tables, code);
+# cifar10 and cifar100-20: its clustering runs (supplementary 2.4). The others are ours. Flags override.
 
 IMAGENET = {
     "arch": "resnet50", "k": [3000, 4000, 5000], "epochs": 1000, "batch_size": 1024, "lr": 1.6, "wd": 1e-6,
@@ -165,9 +165,7 @@ def options(argv=None):
         p.error("--local-area wants LOW before HIGH")
     single, never = args.views == "1", args.first_stage == 1
     unused = {"label_weight": single, "label_size": never, "label_temperature": never}
-    unused |= dict.fromkeys(
-        ("local_crops", "local_size", "local_area", "local_weight"), args.views != "multi"
-    )
+    unused |= {f"local_{name}": args.views != "multi" for name in ("crops", "size", "area", "weight")}
     for name in (name for name in unused if unused[name] and vars(args)[name] != p.get_default(name)):
         p.error(f"--{name.replace('_', '-')} has no effect with these --views and --first-stage")
     resnet = args.arch.startswith("resnet")
@@ -183,7 +181,7 @@ def options(argv=None):
 
 
 class Network(nn.Module):
-    """Views of images -> unit projections x and unit predictions p, (V, B, D) float32 each [supplementary 2.2.4, Fig. 1].
+    """Views of images -> unit projections x and unit predictions p, (V, B, D) float32 each [supplementary 2.2.4].
 
     encoder: backbone and projector, d-d-d-D with batch norm, after the last layer, too. predictor: D-d-D.
     """
@@ -212,7 +210,7 @@ class Network(nn.Module):
 
 
 def new_head(k, dim, images, slots, gen):
-    """All that one head remembers beside the weights; for ImageNet with one view (S = 5) labels and shares take 51 MB."""
+    """All that one head remembers beside the weights; for ImageNet with one view labels and shares take 51 MB."""
     centers = F.normalize(torch.randn(k, dim, generator=gen), dim=1)
     return {
         "previous": centers,  # (K, D) centers of the last epoch, for the loss
@@ -239,8 +237,8 @@ def step_duals(duals, share, ratio, lr):
 
 
 def step_centers(centers, counts, members, x, normalize=True):
-    """(centers (K, D), counts (K,)) after a batch: c_k <- (n_old c_k + sum of its images) / n_k, n_k the images assigned
-    to k since the counts were 0, then unit length if told so [3.1, code].
+    """(centers (K, D), counts (K,)) after a batch: c_k <- (n_old c_k + sum of its images) / n_k, n_k the images
+    assigned to k since the counts were 0, then unit length if told so [3.1, code].
 
     members (B, K): 1 where an image was assigned. The first batch of an epoch that hits a center replaces it; a center
     that is not hit stays. Without unit length it is the plain mean; with it, early batches weigh more, as their mean is
@@ -299,8 +297,8 @@ def soft_targets(shares, temperature):
 
 
 def other_views(log_q):
-    """What the other views predict, (V, B, K) without gradient, from log probabilities (V, B, K): the global crops, which
-    come first, have each other's, local crops the mean of both [supplementary 2.2.3, code]."""
+    """What the other views predict, (V, B, K) without gradient, from log probabilities (V, B, K): the global crops,
+    which come first, have each other's, local crops the mean of both [supplementary 2.2.3, code]."""
     q = log_q[:2].detach().exp()
     local = q.mean(0, keepdim=True).expand(len(log_q) - 2, *q.shape[1:])
     return torch.cat([q.flip(0), local])
@@ -309,8 +307,8 @@ def other_views(log_q):
 def coke_loss(x, p, previous, labels, weight, temperature, a):
     """Cross-entropy of the projections x and of the predictions p (V, B, D) to the same targets, (2, V) [3.3].
 
-    previous (K, D) and labels (B, S) are of the last epoch, weight (B, S) comes from soft_targets. One view: the label is
-    the target. More: a label + (1 - a) other views [supplementary 2.2.3]. Means over the images.
+    previous (K, D) and labels (B, S) are of the last epoch, weight (B, S) comes from soft_targets. One view: the label
+    is the target. More: a label + (1 - a) other views [supplementary 2.2.3]. Means over the images.
     """
     assert labels.shape == weight.shape and len(labels) == x.shape[1], (labels.shape, weight.shape, x.shape)
     log_x, log_p = ((y @ previous.T / temperature).log_softmax(-1) for y in (x, p))  # (V, B, K)
@@ -347,7 +345,7 @@ def lars(parameters, wd, trust=0.001):
 
 
 def phase(epoch, args):
-    """(name, w) of an epoch, below 0 of those that cluster only; w: weight of its labels and centers in the averages."""
+    """(name, w) of an epoch, below 0 of one that clusters only; w: weight of its labels and centers in averages."""
     late = epoch - round(args.first_stage * args.epochs)
     if epoch < 0:
         return "clustering", 1.0
@@ -404,8 +402,8 @@ def train(net, optimizer, batches, lrs, heads, now, meter, args):
 
 
 def end_epoch(heads, weight):
-    """Make the heads those of the next epoch: the centers become those of the loss, alone or averaged, counts are 0. All
-    is process 0's from here on, so that unlike machines, which round differently, cannot drift apart."""
+    """Make the heads those of the next epoch: the centers become those of the loss, alone or averaged, counts are 0.
+    All is process 0's from here on, so that unlike machines, which round differently, cannot drift apart."""
     for head in heads:
         head["previous"] = average_centers(head["previous"], head["centers"], weight)
         head["centers"], head["counts"] = head["previous"].clone(), torch.zeros_like(head["counts"])

@@ -110,7 +110,6 @@ class OneHead:
 
 
 def as_label(labels, shares):
-    """{cluster: share} of one image; every cluster once."""
     pairs = [(c, s) for c, s in zip(labels.tolist(), shares.tolist(), strict=True) if s > 0]
     assert len({c for c, _ in pairs}) == len(pairs)
     return dict(pairs)
@@ -278,8 +277,8 @@ def test_steps_on_two_processes_are_those_of_one(launch, optimizer):
         torch.testing.assert_close(other[1], both[1], rtol=0, atol=0)
         found, heads = one
         assert torch.equal(found[3], given["net"]["weight"]) and not torch.equal(found[8], found[3])
-        assert not found[4].any() and found[9].any() and heads[0]["duals"].any()
-        assert (heads[0]["shares"] > 0).sum(1).max() == 2
+        assert not found[4].any() and (found[9].norm() < 0.01) == (optimizer == "lars")  # there 0.001 |w|
+        assert (heads[0]["shares"] > 0).sum(1).max() == 2 and heads[0]["duals"].any()
         if name != "multi":  # where these two are of the global crops alone
             assert found[0] == pytest.approx(0.7 * found[1] + 0.3 * found[2], rel=1e-5)
 
@@ -490,10 +489,10 @@ def test_log_files_and_words_of_a_run(whole, flags):
     job, lines = whole[flags], whole[flags].out.splitlines()
     first, *records, last = job.log()
     assert [r["epoch"] for r in records] == [0, 1, 2, 3] and first["command"] == f"coke.py {flags}"
-    late = "averaging" if flags == ONE else "training"
-    assert [r["phase"] for r in records] == ["clustering", "training", late, late]
-    rates = [0.0, 4 / 5, *((1 + math.cos(math.pi * t / 10)) / 2 for t in (4, 9))]
-    assert [r["lr"] for r in records] == pytest.approx([0.05 * rate for rate in rates])
+    late = ["averaging" if flags == ONE else "training"] * 2
+    assert [r["phase"] for r in records] == ["clustering", "training", *late]
+    rates = [0.0, 0.04, *(0.025 * (1 + math.cos(math.pi * t / 10)) for t in (4, 9))]
+    assert [r["lr"] for r in records] == pytest.approx(rates)
     assert records[0]["changed"] == 1 and "nmi_previous" not in records[0] and "nmi_previous" in records[1]
     for r in records:
         assert r["uniform"] == pytest.approx((math.log(10) + math.log(20)) / 2)
@@ -507,7 +506,9 @@ def test_log_files_and_words_of_a_run(whole, flags):
     scores = [last["result"]["heads"][0]["test"], *last["baselines"].values()]
     assert list(last["baselines"]) == ["random network", "pixels"]
     assert all(f"{100 * x['acc_labels']:.1f} / {100 * x['nmi_labels']:.1f}" in lines[-2] for x in scores)
-    assert (job.state()["heads"][1]["shares"] > 0).sum(1).max() == (2 if flags == ONE else 1)
+    state = job.state()
+    assert (state["heads"][1]["shares"] > 0).sum(1).max() == 1 + (flags == ONE)
+    assert [g["weight_decay"] for g in state["optimizer"]["param_groups"]] == [1e-4, 0]  # weights, biases
 
 
 def assert_same(a, b):
@@ -598,8 +599,7 @@ def test_digits_are_learnt(run):
     *_, record, last = run("--data digits --epochs 14 --k 10 30 --out run").log()
     reached, others = last["result"]["heads"][0]["test"], last["baselines"]
     assert reached["acc_labels"] > max(0.72, others["random network"]["acc_labels"] + 0.08), (reached, others)
-    assert record["nmi_previous"] > 0.8 and record["changed"] < 0.3
-    assert record["loss"] < record["uniform"] / 1.5
+    assert record["nmi_previous"] > 0.8 and record["loss"] < record["uniform"] / 1.5
     assert record["smallest"] > record["bound"] - math.sqrt(2 * 1437) and record["heads"][1]["smallest"] > 0
 
 
