@@ -1,13 +1,9 @@
 """coke.py: its clustering, labels, losses and optimizer against plain loops; network, options, whole runs."""
 
 import ast
-import csv
 import functools
 import math
-import os
 import re
-import subprocess
-import sys
 from argparse import Namespace
 
 import coke
@@ -19,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from jobs import ONE_THREAD, ROOT, contents, epochs, plain, plain_nmi, write_images
+from jobs import ROOT, assert_same, epochs, one_error, plain, plain_nmi, read_assignments
 from torch import nn
 
 SCRIPT = ROOT / "coke.py"
@@ -511,60 +507,30 @@ def test_log_files_and_words_of_a_run(whole, flags):
     assert [g["weight_decay"] for g in state["optimizer"]["param_groups"]] == [1e-4, 0]  # weights, biases
 
 
-def assert_same(a, b):
-    """Two jobs ended with the same checkpoint, backbone, clustering, csv and log, bit for bit."""
-    x, y = ({k: v for k, v in job.state().items() if k != "log_bytes"} for job in (a, b))
-    assert x.pop("config") == y.pop("config")
-    torch.testing.assert_close(x, y, rtol=0, atol=0)
-    for name in ("backbone.pt", "clustering.pt", "assignments.csv"):
-        assert (a.run / name).read_bytes() == (b.run / name).read_bytes(), name
-    logs = [[{k: v for k, v in r.items() if k != "seconds"} for r in job.log()[1:]] for job in (a, b)]
-    assert logs[0] == logs[1]
-
-
-METER = ("coke.Meter", "add")
-START, EACH = CROPS + TESTS, STEPS + TESTS  # its calls before the first epoch, in each
-
-
 @pytest.mark.parametrize(
-    ("flags", "world", "code", "saved"),  # where the kill comes, epochs that checkpoint.pt holds by then
+    (
+        "flags",
+        "n",
+        "saved",
+    ),  # the online_kmeans that kills, for two heads a step; epochs that checkpoint.pt holds by then
     [
-        (ONE, 1, trap(*METER, START + 2), None),  # in the clustering epoch
-        (ONE, 1, trap(*METER, START + 3 * EACH + 3), 3),  # averaging
-        (MULTI, 1, trap("torch", "save", 3, torn=True), 1),
-        (QUICK, 1, trap("coke", "save_clusters", 1), 4),
-        (ONE, 2, trap(*METER, START + 3 * EACH + 3), 3),
-        (SMALL + " --data PLACES --workers 2 --optimizer lars", 1, trap(*METER, 3 + 1 + 2 * 4 + 2), 2),
+        (ONE, 3, None),  # in the clustering epoch
+        (ONE, 6 * STEPS + 3, 3),  # averaging
+        (MULTI, 2 * STEPS + 3, 1),
+        (SMALL + " --data PLACES/both --optimizer lars", 8, 1),
     ],
 )
-def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(run, whole, flags, world, code, saved):
-    reference = whole[flags] if world == 1 and flags in whole else run(flags, world=world)
-    killed = run(flags, code, world, ok=False)
+def test_other_kinds_of_runs_survive_a_kill(run, whole, flags, n, saved):
+    killed = run(flags, jobs.trap("coke", "coke", "online_kmeans", n), ok=False)
     assert -9 in killed.codes, killed.out + killed.err
     assert (killed.state()["epoch"] if (killed.run / "checkpoint.pt").exists() else None) == saved
-    assert_same(run(flags, world=world, folder=killed.folder), reference)
-
-
-def test_a_finished_run_says_so_and_refuses_other_arguments(run, whole):
-    job, before = whole[ONE], contents(whole[ONE].run)
-    assert "result" in run(ONE, folder=job.folder).out and contents(job.run) == before
-    line = one_error(run(ONE + " --ratio 0.5 --label-size 4", folder=job.folder, ok=False))
-    assert "ratio 0.9 -> 0.5" in line and "label_size 3 -> 4" in line and contents(job.run) == before
-
-
-def one_error(job):
-    """The one line with which all processes ended, exit code 2; argparse's usage may precede it."""
-    assert set(job.codes) == {2} and "Traceback" not in job.out + job.err, job.out + job.err
-    (line,) = re.findall(r"^coke.py: error: .*\n\Z", job.err, re.MULTILINE)
-    return line
+    assert_same(run(flags, folder=killed.folder), whole.get(flags) or run(flags))
 
 
 @pytest.mark.parametrize(
     ("arguments", "parts", "world"),
     [
-        ("--k 10 1438", "--k 1438|1437|try 28", 2),
-        ("--batch-size 63", "--batch-size 63|2 processes", 2),
-        ("--lr 1e30 --momentum 0", "--lr", 2),
+        ("--k 10 1438", "--k 1438|1437|try 28", 1),
         ("--head 30", "--head 30|10 20", 1),
     ],
 )
@@ -579,13 +545,14 @@ def test_mistakes_end_with_exit_code_2_and_one_line(run, arguments, parts, world
         "--data PLACES/same --optimizer lars",
         "--data PLACES/flat --k 24 1 --ratio 1 --views 1 --first-stage 0 --predictor-weight 1",
         "--data PLACES/flat --init-epochs 0 --ratio 0 --label-weight 0",
-        "--data PLACES --arch resnet18 --views multi --local-size 8 --color --blur --local-crops 2",
+        "--data PLACES/both --arch resnet18 --views multi --local-size 8 --color --blur --local-crops 2",
     ],
 )
 def test_odd_data_runs_and_every_number_is_finite(run, more):
     """Identical images, as many clusters as images, no labels; labels, files that cannot be read, all colors."""
     job = run(f"{SMALL} {more}")
-    records, (images, clusters) = epochs(job.log()), read_assignments(job.run / "assignments.csv")  # the log refuses NaN
+    images, clusters = read_assignments(job.run / "assignments.csv")
+    records = epochs(job.log())  # the log refuses NaN
     tables = [job.state()["net"], *job.state()["heads"]]
     assert all(x.isfinite().all() for table in tables for x in table.values())
     assert len(images) == len(set(images)) and ("unreadable" in clusters) == ("resnet18" in more)
@@ -601,21 +568,3 @@ def test_digits_are_learnt(run):
     assert reached["acc_labels"] > max(0.72, others["random network"]["acc_labels"] + 0.08), (reached, others)
     assert record["nmi_previous"] > 0.8 and record["loss"] < record["uniform"] / 1.5
     assert record["smallest"] > record["bound"] - math.sqrt(2 * 1437) and record["heads"][1]["smallest"] > 0
-
-
-def test_torchrun_with_two_processes(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command, environment = [*launcher, SCRIPT, *QUICK.split(), "--epochs", "2"], {**os.environ, **ONE_THREAD}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    records = jobs.read_log(tmp_path / "run" / "log.jsonl")
-    assert records[0]["processes"] == 2 and len(epochs(records)) == 3 and "result" in records[-1]
-    assert len(re.findall(r"^epoch 2\b", done.stdout, re.MULTILINE)) == 1
-
-
-def test_functions_are_short_and_common_is_imported_before_torch():
-    functions = [f for f in ast.walk(ast.parse(SCRIPT.read_text())) if isinstance(f, ast.FunctionDef)]
-    lengths = {f.name: f.end_lineno - f.lineno + 1 for f in functions}
-    assert {f: n for f, n in lengths.items() if n > (85 if f in ("main", "options") else 45)} == {}
-    order = [line.split()[1] for line in SCRIPT.read_text().splitlines() if re.match(r"(from|import) ", line)]
-    assert order.index("common") < order.index("torch")

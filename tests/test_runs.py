@@ -51,7 +51,11 @@ def test_a_run_leaves_its_files_and_short_lines(whole, name):
     assert {p.name for p in job.run.iterdir()} >= LEFT and job.err == ""
     first, *records, last = job.log()
     assert first["command"] == f"{name}.py {QUICK[name]}" and {"torch", "faiss"} <= first["versions"].keys()
-    assert first["images"] == (1797 if name == "lsdc" else 1437) and "result" in last and len(epochs(records)) >= 3
+    assert (
+        first["images"] == (1797 if name == "lsdc" else 1437)
+        and "result" in last
+        and len(epochs(records)) >= 3
+    )
     assert len(re.findall(r"^epoch", job.out, re.MULTILINE)) == len(records)
     assert [line for line in job.out.splitlines() if len(line) > 100 and line.startswith("epoch")] == []
 
@@ -149,4 +153,6 @@ def test_torchrun_with_two_processes(tmp_path, name):
     assert done.returncode == 0, done.stderr
     records = jobs.read_log(tmp_path / "run" / "log.jsonl")
     assert records[0]["processes"] == 2 and "result" in records[-1]
-    assert len(re.findall(r"^epoch", done.stdout, re.MULTILINE)) == len(records) - 2, "each epoch is told once"
+    assert len(re.findall(r"^epoch", done.stdout, re.MULTILINE)) == len(records) - 2, (
+        "each epoch is told once"
+    )
