@@ -92,7 +92,7 @@ RECIPES = {
     "reuters": {**PAPER, "arch": "mlp", "k": 4, "epochs": 75, "lr": 1e-3, "wd": 0.0, "optimizer": "adam",
                 "lr_steps": [], "consistency": 0.0, "num_neighbors": 3, "mix": "none", "freeze_stages": 0,
                 "image_size": 1, "train_on": "train", "pretrain": "none"},
-    "svhn": {**PAPER, "flip": False},  # from here on ours
+    "svhn": {**PAPER, "flip": False, "train_on": "train"},  # from here on ours
     "fashionmnist": {**SMALL, "epochs": 12, "lr_steps": [7, 10], "ramp_up": 10, "image_size": 28, "flip": True,
                      "train_on": "train"},
     "digits": {**SMALL, "epochs": 100, "lr_steps": [75, 90], "ramp_up": 50, "freeze_stages": 0, "pad": 0,
