@@ -5,10 +5,7 @@ import csv
 import functools
 import itertools
 import math
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -21,14 +18,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from jobs import ONE_THREAD, ROOT, contents, epochs, plain, plain_nmi, two_at_once, write_images
+from jobs import ROOT, assert_same, contents, epochs, one_error, plain, plain_nmi, two_at_once, write_images
 from scipy.optimize import linear_sum_assignment
 from scipy.special import betainc
 from torch import nn
 
 SCRIPT = ROOT / "lsdc.py"
-# The script without its pictures, which take as long as all epochs here.
-QUIET = "import common; common.draw_clusters = lambda *a: None\n" + plain(SCRIPT)
 PLAIN = "--image-size 16 --freeze-stages 1 --epochs 1 --out run"  # without RotNet
 QUICK = f"{PLAIN} --epochs 3 --lr-steps 2 --score-every 2 --ramp-up 2 --pretrain rotnet --pretrain-epochs 2"
 QUICK += " --pretrain-lr-steps 1"
@@ -488,9 +483,9 @@ def test_what_would_be_ignored_or_is_impossible_is_refused(argv, capsys):
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    root, gray = tmp_path_factory.mktemp("places"), np.full((20, 20, 3), 90, np.uint8)
-    write_images(root / "same", 24, lambda i: gray)
+def odd(places):
+    """The folder `places`, and more in it: names that no font knows, vectors, files that are no vectors."""
+    root = places
     for i, name in enumerate(("猫", "a$b^{")):
         for part in ("train", "val"):  # too large to be decoded once
             shade = np.full((100, 110, 3), 90 * i, np.uint8)
@@ -507,17 +502,7 @@ def places(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(start, places):  # a job of the script, to its end
-    def go(arguments, code=QUIET, world=1, folder=None, ok=True):
-        code = f"import os; os.environ['LOCAL_WORLD_SIZE'] = '{world}'\n{code}"  # as torchrun does
-        job = start(arguments.replace("PLACES", str(places)).split(), code, world, folder)
-        return job.ok() if ok else job.wait()
-
-    return go
-
-
-@pytest.fixture(scope="module")
-def whole(run):
+def whole(run, odd):
     return run(QUICK, plain(SCRIPT))
 
 
@@ -601,51 +586,29 @@ def test_baselines_are_k_means_with_the_centroids_of_the_training_images(run, wh
             assert shown == pytest.approx(want, abs=0.01)
 
 
-def assert_same(a, b):
-    """Two jobs ended with the same checkpoint, networks, csv and log, bit for bit."""
-    x, y = ({k: v for k, v in job.state().items() if k != "log_bytes"} for job in (a, b))
-    assert x.pop("config") == y.pop("config")
-    torch.testing.assert_close(x, y, rtol=0, atol=0)
-    kept = ("backbone.pt", "rotnet.pt", "clustering.pt", "assignments.csv")
-    x, y = ({name: x for name, x in contents(job.run).items() if name in kept} for job in (a, b))
-    assert x.keys() == y.keys() and not [name for name in x if x[name] != y[name]]
-    logs = [[{k: v for k, v in r.items() if k != "seconds"} for r in job.log()[1:]] for job in (a, b)]
-    assert logs[0] == logs[1]
-
-
-METER = ("lsdc.Meter", "add")
-# Its calls: two baselines of 8 batches, 2 epochs of RotNet of 11, the third baseline, 3 epochs of 5, two scored.
-KILLS = {  # where the kill comes: epochs that checkpoint.pt holds by then
-    "in the first epoch": (trap(*METER, 20), None),
-    "while rotnet.pt is written": (trap("torch", "save", 5, torn=True), 2),
-    "while RotNet's features are clustered": (trap("lsdc", "kmeans", 3), 2),
-    "between checkpoint.pt and backbone.pt": (trap("torch", "save", 9, torn=True), 4),
-    "at the end": (trap("lsdc", "save_clusters", 1), 5),
-}
-
-
-@pytest.mark.parametrize("name", KILLS)
-def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(run, whole, name):
-    code, saved = KILLS[name]
-    killed = run(QUICK, code, ok=False)
-    assert killed.code == -9, killed.out + killed.err
-    assert (killed.state()["epoch"] if (killed.run / "checkpoint.pt").exists() else None) == saved
+@pytest.mark.parametrize(
+    ("place", "saved"),  # where the kill comes, epochs that checkpoint.pt holds by then
+    [
+        (("torch", "save", 5, False, True), 2),  # while rotnet.pt is written
+        (("lsdc", "kmeans", 3), 2),  # while RotNet's features are clustered
+        (("lsdc", "pair_loss", 7), 3),
+    ],
+)
+def test_a_run_killed_between_its_phases_or_in_the_second_goes_on(run, whole, place, saved):
+    killed = run(QUICK, jobs.trap("lsdc", *place), ok=False)
+    assert killed.code == -9 and killed.state()["epoch"] == saved, killed.out + killed.err
     assert_same(run(QUICK, folder=killed.folder), whole)
 
 
 @pytest.mark.parametrize(
-    "arguments,n,world",  # the Meter.add that kills, processes
-    [
-        (f"{VECTORS} --score-every 1 --labeling sne --classifier-layers 2", 5 + 5 + 2 * 4 + 5 + 1, 1),  # Adam
-        (LARGE, 6 + 6 + 6 + 6 + 6 + 6 + 2, 1),
-        (f"{QUICK} --mix ricap --epochs 2", 16 + 22 + 8 + 5 + 2, 2),
-    ],
+    "arguments",
+    [f"{VECTORS} --score-every 1 --labeling sne --classifier-layers 2", LARGE],  # Adam; frozen batch norm
 )
-def test_other_kinds_of_runs_survive_a_kill(run, arguments, n, world):
-    reference = run(arguments, world=world)
-    killed = run(arguments, trap(*METER, n), world, ok=False)
-    assert -9 in killed.codes and 1 <= killed.state()["epoch"] < reference.state()["epoch"]
-    assert_same(run(arguments, QUIET, world, killed.folder), reference)
+def test_other_kinds_of_runs_survive_a_kill(run, odd, arguments):
+    reference = run(arguments)
+    killed = run(arguments, jobs.trap("lsdc", "lsdc", "pair_loss", 2, late=True), ok=False)
+    assert killed.code == -9 and 1 <= killed.state()["epoch"] < reference.state()["epoch"]
+    assert_same(run(arguments, folder=killed.folder), reference)
 
 
 def test_clustering_starts_from_a_given_network(run, whole, tmp_path):
@@ -673,9 +636,9 @@ ODD = {  # arguments: parts with labels
 }
 
 
-def test_odd_data_runs_and_every_number_is_finite(run, places):
+def test_odd_data_runs_and_every_number_is_finite(run, odd):
     """Scores of parts with labels, an assignment for each image, names of classes that no font knows."""
-    jobs_of = two_at_once({a: lambda a=a: run(a, plain(SCRIPT) if ODD[a] else QUIET) for a in ODD})
+    jobs_of = two_at_once({a: lambda a=a: run(a, plain(SCRIPT) if ODD[a] else None) for a in ODD})
     for arguments, job in jobs_of.items():
         first, *records, last = job.log()  # the log refuses NaN
         assert set(last["result"]["scores"]) == set(ODD[arguments].split()), arguments
@@ -688,9 +651,9 @@ def test_odd_data_runs_and_every_number_is_finite(run, places):
         positive = {"--sne-threshold 1": 0, "--k 1 ": 1}  # nobody and everybody
         assert all(records[-1]["positive"] == want for word, want in positive.items() if word in arguments)
         assert job.err == "", job.err
-    data, _ = lsdc.load(options(["--data", f"{places}/vectors.npz"]))  # vectors come as they are
+    data, _ = lsdc.load(options(["--data", f"{odd}/vectors.npz"]))  # vectors come as they are
     ((_, x),) = common.Loader(data, 300, 1, 1.0, torch.device("cpu"), 0).test(torch.arange(300))
-    torch.testing.assert_close(x[:, :, 0, 0].numpy(), np.load(places / "vectors.npz")["features"])
+    torch.testing.assert_close(x[:, :, 0, 0].numpy(), np.load(odd / "vectors.npz")["features"])
 
 
 def test_digits_are_learnt(run):
@@ -701,14 +664,6 @@ def test_digits_are_learnt(run):
     assert reached["acc_labels"] > max(0.72, random["acc_labels"] + 0.15)
     assert records[-1]["purity"] > records[0]["purity"] + 0.1
     assert records[-1]["loss_pairs"] < records[0]["loss_pairs"] < 1.05 * records[0]["uniform"]
-
-
-def one_error(job):
-    """The one line with which all processes ended, exit code 2; argparse's usage may precede it."""
-    assert set(job.codes) == {2} and "Traceback" not in job.out + job.err, job.out + job.err
-    lines = [line for line in job.err.splitlines() if ": error: " in line]
-    assert len(lines) == 1 and lines[0].startswith("lsdc.py") and job.err.splitlines()[-1] == lines[0]
-    return lines[0]
 
 
 MISTAKES = {  # arguments: words of the message
@@ -725,7 +680,7 @@ MISTAKES = {  # arguments: words of the message
 }
 
 
-def test_mistakes_end_with_exit_code_2_and_one_line(run, whole):
+def test_mistakes_end_with_exit_code_2_and_one_line(run, odd, whole):
     found = two_at_once({a: lambda a=a: run(a, world=1 + ("--k" in a), ok=False) for a in MISTAKES})
     for arguments, job in found.items():
         assert not [word for word in MISTAKES[arguments] if word not in one_error(job)], job.err
@@ -736,13 +691,3 @@ def test_mistakes_end_with_exit_code_2_and_one_line(run, whole):
     line = one_error(run(wrong, folder=whole.folder, ok=False))
     assert "image_size 16, this run 20" in line
     assert "5 epochs are done" in run(QUICK, folder=whole.folder).out and contents(whole.run) == kept
-
-
-def test_torchrun_with_two_processes(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command, environment = [*launcher, SCRIPT, *QUICK.split(), "--epochs", "1"], {**os.environ, **ONE_THREAD}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    records = jobs.read_log(tmp_path / "run" / "log.jsonl")
-    assert records[0]["processes"] == 2 and len(epochs(records)) == 3 and "result" in records[-1]
-    assert len(re.findall(r"^epoch 2\b", done.stdout, re.MULTILINE)) == 1
