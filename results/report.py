@@ -42,6 +42,8 @@ BANK_AT, CROPS_AT = "knn/memory bank/{knn_1,knn_200}", "knn/center crops/{knn_1,
 BANK_OLD, CROPS_OLD = "result/knn/{1,200}", "result/knn_centre_crops/{1,200}"
 TEST, ALL = "ACC / NMI / ARI of 10 clusters, test images, %", "ACC / NMI / ARI of 10 clusters, all images, %"
 COKE_AT, LSDC_TEST, LSDC_ALL = (f"result/{part}/{{acc,nmi,ari}}_labels" for part in ("heads/0/test", "scores/test", "scores/both"))
+KMEANS2 = "ACC of k-means: random network / pixels, test images, %"
+SIZES = "smallest / largest of 10 clusters, 1,437 training images"
 KMEANS = "k-means on the features of the random network, ACC / NMI / ARI, test images, %"
 
 ROWS = [
@@ -73,21 +75,26 @@ ROWS = [
     ("instance recognition, earlier script", FASHION, "python local_aggregation.py --data fashionmnist --seed S --loss ir; python eval_linear.py RUN", "local_aggregation-fashionmnist-ir.jsonl", BANK, BANK_OLD, ".1%", "none", BUSY),
     ("instance recognition, earlier script", FASHION, "python local_aggregation.py --data fashionmnist --seed S --loss ir; python eval_linear.py RUN", "local_aggregation-fashionmnist-ir.jsonl", CROPS, CROPS_OLD, ".1%", "none", BUSY),
     ("instance recognition, earlier script", FASHION, "python local_aggregation.py --data fashionmnist --seed S --loss ir; python eval_linear.py RUN", "local_aggregation-fashionmnist-ir.jsonl", PROBES, PROBES_AT, ".2%", "none", BUSY),
-    ("CoKe, two views", DIGITS, "python coke.py --seed S", "coke-digits-seed?.jsonl", TEST, COKE_AT, ".1%", "none", "beside other work; 0.5 on an idle machine"),
-    ("CoKe, two views", DIGITS, "python coke.py --seed S", "coke-digits-seed?.jsonl", KMEANS, "result/untrained/{acc,nmi,ari}_labels", ".1%", "none", "beside other work; 0.5 on an idle machine"),
-    ("CoKe, one view", DIGITS, "python coke.py --views 1 --seed S", "coke-digits-1-seed?.jsonl", TEST, COKE_AT, ".1%", "none", "beside other work; 0.5 on an idle machine"),
-    ("CoKe, two views and six local crops", DIGITS, "python coke.py --views multi --seed S", "coke-digits-multi-seed?.jsonl", TEST, COKE_AT, ".1%", "none", ""),
-    ("CoKe, two views", FASHION, "python coke.py --data fashionmnist --seed S", "coke-fashionmnist.jsonl coke-fashionmnist-seed?.jsonl", TEST, COKE_AT, ".1%", "none", "the first two beside other work"),
-    ("CoKe, two views", FASHION, "python coke.py --data fashionmnist --seed S", "coke-fashionmnist.jsonl coke-fashionmnist-seed?.jsonl", KMEANS, "result/untrained/{acc,nmi,ari}_labels", ".1%", "none", "the first two beside other work"),
-    ("CoKe, one view", FASHION, "python coke.py --data fashionmnist --views 1 --seed S", "coke-fashionmnist-1.jsonl coke-fashionmnist-1-seed?.jsonl", TEST, COKE_AT, ".1%", "none", "the first and the last beside other work"),
-    ("LSD-C, kNN", DIGITS, "python lsdc.py --seed S", "lsdc-digits-seed?.jsonl", TEST, LSDC_TEST, ".1%", "none", "beside other work; 0.8 on an idle machine"),
-    ("LSD-C, kNN", DIGITS, "python lsdc.py --seed S", "lsdc-digits-seed?.jsonl", KMEANS, "result/baselines/untrained/test/{acc,nmi,ari}_labels", ".1%", "none", "beside other work; 0.8 on an idle machine"),
-    ("RotNet, 3 epochs", MNIST, "python lsdc.py --data mnist --epochs 1 --out runs/lsdc-mnist-rotnet", "lsdc-mnist-rotnet.jsonl", "ACC of k-means on the features of the random network / of RotNet, all images, %", "result/baselines/{untrained,pretrained}/both/acc_labels", ".1%", "none", BUSY),
-    ("LSD-C, kNN", MNIST, "python lsdc.py --data mnist --backbone runs/lsdc-mnist-rotnet/rotnet.pt --seed S", "lsdc-mnist-knn.jsonl", ALL, LSDC_ALL, ".1%", "not printed", BUSY),
-    ("LSD-C, SNE", MNIST, "python lsdc.py --data mnist --backbone runs/lsdc-mnist-rotnet/rotnet.pt --seed S --labeling sne", "lsdc-mnist-sne.jsonl", ALL, LSDC_ALL, ".1%", "not printed", BUSY),
-    ("LSD-C, cosine", MNIST, "python lsdc.py --data mnist --backbone runs/lsdc-mnist-rotnet/rotnet.pt --seed S --labeling cosine", "lsdc-mnist-cosine.jsonl", ALL, LSDC_ALL, ".1%", "not printed", BUSY),
-    ("LSD-C, kNN", FASHION, "python lsdc.py --data fashionmnist --seed S", "lsdc-fashionmnist-seed?.jsonl", TEST, LSDC_TEST, ".1%", "none", "two runs at a time"),
-    ("LSD-C, kNN", FASHION, "python lsdc.py --data fashionmnist --seed S", "lsdc-fashionmnist-seed?.jsonl", "ACC of k-means on the features of the random network / of RotNet, test images, %", "result/baselines/{untrained,pretrained}/test/acc_labels", ".1%", "none", "two runs at a time"),
+    ("CoKe, two views", DIGITS, "python coke.py --seed S", "coke-digits-2-seed?.jsonl", TEST, COKE_AT, ".1%", "none", THREAD),
+    ("CoKe, two views", DIGITS, "python coke.py --seed S", "coke-digits-2-seed?.jsonl", KMEANS2, "baselines/{random network,pixels}/acc_labels", ".1%", "none", THREAD),
+    ("CoKe, two views", DIGITS, "python coke.py --seed S", "coke-digits-2-seed?.jsonl", SIZES, "result/{smallest,largest}", ".0f", "none", THREAD),
+    ("CoKe, two views, no bound", DIGITS, "python coke.py --ratio 0 --seed S", "coke-digits-2-ratio0-seed?.jsonl", TEST, COKE_AT, ".1%", "none", THREAD),
+    ("CoKe, two views, no bound", DIGITS, "python coke.py --ratio 0 --seed S", "coke-digits-2-ratio0-seed?.jsonl", SIZES, "result/{smallest,largest}", ".0f", "none", THREAD),
+    ("CoKe, one view", DIGITS, "python coke.py --views 1 --seed S", "coke-digits-1-seed?.jsonl", TEST, COKE_AT, ".1%", "none", THREAD),
+    ("CoKe, two views and six local crops", DIGITS, "python coke.py --views multi --seed S", "coke-digits-multi-seed?.jsonl", TEST, COKE_AT, ".1%", "none", THREAD),
+    ("CoKe, two views, earlier script", FASHION, "python coke.py --data fashionmnist --seed S", "coke-fashionmnist.jsonl coke-fashionmnist-seed?.jsonl", TEST, COKE_AT, ".1%", "none", "the first two beside other work"),
+    ("CoKe, two views, earlier script", FASHION, "python coke.py --data fashionmnist --seed S", "coke-fashionmnist.jsonl coke-fashionmnist-seed?.jsonl", KMEANS, "result/untrained/{acc,nmi,ari}_labels", ".1%", "none", "the first two beside other work"),
+    ("CoKe, one view, earlier script", FASHION, "python coke.py --data fashionmnist --views 1 --seed S", "coke-fashionmnist-1.jsonl coke-fashionmnist-1-seed?.jsonl", TEST, COKE_AT, ".1%", "none", "the first and the last beside other work"),
+    ("LSD-C, kNN", DIGITS, "python lsdc.py --seed S", "lsdc-digits-seed?.jsonl", TEST, LSDC_TEST, ".1%", "none", THREAD),
+    ("LSD-C, kNN", DIGITS, "python lsdc.py --seed S", "lsdc-digits-seed?.jsonl", KMEANS2, "result/baselines/{random network/test,pixels/test}/acc_labels", ".1%", "none", THREAD),
+    ("RotNet, 3 epochs, earlier script", MNIST, "python lsdc.py --data mnist --epochs 1 --out runs/lsdc-mnist-rotnet", "lsdc-mnist-rotnet.jsonl", "ACC of k-means on the features of the random network / of RotNet, all images, %", "result/baselines/{untrained,pretrained}/both/acc_labels", ".1%", "none", BUSY),
+    ("LSD-C, kNN, earlier script", MNIST, "python lsdc.py --data mnist --backbone runs/lsdc-mnist-rotnet/rotnet.pt --seed S", "lsdc-mnist-knn.jsonl", ALL, LSDC_ALL, ".1%", "not printed", BUSY),
+    ("LSD-C, SNE, earlier script", MNIST, "python lsdc.py --data mnist --backbone runs/lsdc-mnist-rotnet/rotnet.pt --seed S --labeling sne", "lsdc-mnist-sne.jsonl", ALL, LSDC_ALL, ".1%", "not printed", BUSY),
+    ("LSD-C, cosine, earlier script", MNIST, "python lsdc.py --data mnist --backbone runs/lsdc-mnist-rotnet/rotnet.pt --seed S --labeling cosine", "lsdc-mnist-cosine.jsonl", ALL, LSDC_ALL, ".1%", "not printed", BUSY),
+    ("LSD-C, kNN", FASHION, "python lsdc.py --data fashionmnist --seed S", "lsdc-fashionmnist-new-seed?.jsonl", TEST, LSDC_TEST, ".1%", "none", THREAD),
+    ("LSD-C, kNN", FASHION, "python lsdc.py --data fashionmnist --seed S", "lsdc-fashionmnist-new-seed?.jsonl", "ACC of k-means: random network / RotNet / pixels, test images, %", "result/baselines/{random network,pretrained network,pixels}/test/acc_labels", ".1%", "none", THREAD),
+    ("LSD-C, kNN, earlier script", FASHION, "python lsdc.py --data fashionmnist --seed S", "lsdc-fashionmnist-seed?.jsonl", TEST, LSDC_TEST, ".1%", "none", "two runs at a time"),
+    ("LSD-C, kNN, earlier script", FASHION, "python lsdc.py --data fashionmnist --seed S", "lsdc-fashionmnist-seed?.jsonl", "ACC of k-means on the features of the random network / of RotNet, test images, %", "result/baselines/{untrained,pretrained}/test/acc_labels", ".1%", "none", "two runs at a time"),
 ]
 # fmt: on
 
