@@ -73,24 +73,28 @@ def race(functions, rounds=5, limit=60):
     return np.median(turns[1:] or turns, axis=0).tolist()
 
 
-def step_case(name, args, steps, ours, net, images, device, aim=None):
-    """ours() does `steps` training steps; the reference: forward and backward of the bare network, on a ready batch."""
+def step_case(name, args, loader, views, train, net, ready=lambda views: views, aim=None):
+    """train(batches, meter) takes a step for each batch; the reference: forward and backward of the bare network, of
+    ready(views) of one batch, as often."""
+    everything, steps = torch.arange(len(loader.data)), len(loader.data) // args.batch_size
+    images = ready(next(loader.train(everything, views))[1])
 
     def reference():
         net.train()
         for _ in range(steps):
             net.zero_grad()
-            with common.autocast(device, args.amp):
+            with common.autocast(loader.device, args.amp):
                 found = net(images)
             found = found if isinstance(found, tuple) else (found,)
             sum(x.float().square().sum() for x in found).backward()
 
+    ours = lambda: train(loader.train(everything, views), common.Meter("bench", len(everything)))
     name = f"{name}: {args.arch}, {args.image_size} px, B={args.batch_size}"
     return Case(name, ours, reference, steps * args.batch_size, aim)
 
 
 def steps_of(script, run, device, *flags, batch_size=None):
-    """(args, channels, steps, loader) for each recipe whose training steps are measured."""
+    """(args, channels, loader) for each recipe whose training steps are measured."""
     recipes, gpu = [("fashionmnist", 1, 28, 6), ("cifar10", 3, 32, 2)], device.type == "cuda"
     if gpu:
         recipes = [(*rest, 50) for *rest, _ in recipes] + [("imagenet", 3, 256, 10)] * (script is not lsdc)
@@ -99,7 +103,7 @@ def steps_of(script, run, device, *flags, batch_size=None):
         args.amp, args.batch_size = gpu, batch_size or min(args.batch_size, 256)
         data = noise(args.batch_size * steps, channels, side, device)
         loader = common.Loader(data, args.batch_size, args.image_size, args.center_fraction, device, 0)
-        yield args, channels, steps, loader
+        yield args, channels, loader
 
 
 def blobs(n, d, device):
@@ -113,10 +117,8 @@ def blobs(n, d, device):
 def noise(n, channels, side, device):
     """n images in memory, with ten labels."""
     pixels = torch.randint(0, 256, (n, channels, side, side), dtype=torch.uint8, device=device)
-    middle = (0.5,) * channels
-    return common.Images(
-        "noise", pixels, None, torch.arange(n) % 10, [str(i) for i in range(10)], middle, middle
-    )
+    labels, middle = torch.arange(n) % 10, (0.5,) * channels
+    return common.Images("noise", pixels, None, labels, list(map(str, range(10))), middle, middle)
 
 
 # %% rows
@@ -193,95 +195,72 @@ def files(run, device):
 
 
 def training(run, device):
-    """DeepCluster's: drawing and augmenting images, head, loss and optimizers, too."""
-    for args, channels, steps, loader in steps_of(deepcluster, run, device):
-        n, gen = len(loader.data), common.generator("bench")
+    """DeepCluster's: augmenting images, head, loss and optimizers, too."""
+    for args, channels, loader in steps_of(deepcluster, run, device):
+        n = len(loader.data)
         encoder = common.to_device(deepcluster.make_encoder(args, channels)[1], device)
-        head = deepcluster.make_head(encoder.dim, args.k, gen).to(device)
-        assign, weights = torch.arange(n) % args.k, torch.ones(n, device=device)
+        head = deepcluster.make_head(encoder.dim, args.k, common.generator("bench")).to(device)
+        assign, weights = torch.arange(n, device=device) % args.k, torch.ones(n, device=device)
         optimizer = torch.optim.SGD(encoder.parameters(), args.lr, args.momentum, weight_decay=args.wd)
-        views = [common.View(args.image_size, (args.crop_area, 1.0), flip=0.5 * args.flip)]
-        net, (_, (images,)) = nn.Sequential(encoder, head), next(loader.train(torch.arange(n), views))
-
-        def ours():
-            batches = loader.train(deepcluster.uniform_over_clusters(assign, gen), views)
-            meter = common.Meter("bench", n)
-            deepcluster.train(encoder, head, optimizer, batches, assign.to(device), weights, meter, args)
-
-        yield step_case("DeepCluster step", args, steps, ours, net, images, device)
+        views, net = [common.View(args.image_size, (args.crop_area, 1.0))], nn.Sequential(encoder, head)
+        rest = assign, weights
+        train = lambda batches, meter: deepcluster.train(
+            encoder, head, optimizer, batches, *rest, meter, args
+        )
+        yield step_case("DeepCluster step", args, loader, views, train, net, lambda views: views[0])
 
 
 def aggregation_training(run, device):
     """Instance recognition's and Local Aggregation's, with a bank of the whole data set."""
-    for args, channels, steps, loader in steps_of(local_aggregation, run, device):
+    for args, channels, loader in steps_of(local_aggregation, run, device):
         n = {"fashionmnist": 60_000, "cifar10": 50_000, "imagenet": 1_281_167}[args.recipe]
         args.ir_loss = "softmax" if n <= local_aggregation.EXACT else "nce"
         net = common.to_device(local_aggregation.Network(args, channels), device)
         optimizer = torch.optim.SGD(local_aggregation.parameter_groups(net, args.wd), 1e-4, args.momentum)
-        bank = F.normalize(torch.randn(n, args.dim, device=device))
+        bank, views = F.normalize(torch.randn(n, args.dim, device=device)), [common.View(args.image_size)]
         clusterings = torch.randint(args.k, (args.clusterings, n), device=device, dtype=torch.int32)
-        views, everything = [common.View(args.image_size)], torch.arange(len(loader.data))
-        images = next(loader.train(everything, views))[1][0]
         for phase, given, aim in (("IR", None, None), ("LA", clusterings, "<= 1.5" if n > 1e6 else None)):
 
-            def ours(given=given):
-                batches, meter = loader.train(everything, views), common.Meter("", n)
+            def train(batches, meter, given=given):
                 local_aggregation.train(net, optimizer, batches, bank, given, meter, args)
 
-            yield step_case(f"{phase} step, N={n:,}", args, steps, ours, net, images, device, aim)
+            name = f"{phase} step, N={n:,}"
+            yield step_case(name, args, loader, views, train, net, lambda views: views[0], aim)
 
 
 def online(run, device):
     """CoKe's with one, two and many views; the reference has its projector and predictor, too."""
     for count in ("1", "2", "multi"):
-        for args, channels, steps, loader in steps_of(coke, run, device, "--views", count, batch_size=128):
-            n, slots, gen = (
-                len(loader.data),
-                args.label_size if count == "1" else 1,
-                common.generator("bench"),
-            )
-            heads = [coke.new_head(k, args.dim, n, slots, gen) for k in args.k]
+        for args, channels, loader in steps_of(coke, run, device, "--views", count, batch_size=128):
+            slots, gen = args.label_size if count == "1" else 1, common.generator("bench")
+            heads = [coke.new_head(k, args.dim, len(loader.data), slots, gen) for k in args.k]
             heads = [{name: x.to(device) for name, x in head.items()} for head in heads]
             net = common.to_device(coke.Network(args, channels), device)
             optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum)
-            views, everything, now = coke.make_views(args), torch.arange(n), ("training", 1.0)
-            images = next(loader.train(everything, views))[1]
-
-            def ours():
-                batches, meter = loader.train(everything, views), common.Meter("", n)
-                coke.train(net, optimizer, batches, [args.lr] * steps, heads, now, meter, args)
-
-            yield step_case(f"CoKe step, {count} view(s)", args, steps, ours, net, images, device)
+            rest = [args.lr] * (len(loader.data) // args.batch_size), heads, ("training", 1.0)
+            train = lambda batches, meter: coke.train(net, optimizer, batches, *rest, meter, args)
+            yield step_case(f"CoKe step, {count} view(s)", args, loader, coke.make_views(args), train, net)
 
 
 def lsdc_training(run, device):
     """LSD-C's: RotNet's, then the clustering's."""
     for rotnet in (True, False):
-        for args, _, steps, loader in steps_of(lsdc, run, device, batch_size=32 if rotnet else 128):
+        for args, _, loader in steps_of(lsdc, run, device, batch_size=32 if rotnet else 128):
             backbone, labels = lsdc.make_backbone(args, loader.data), loader.data.labels.to(device)
-            net = lsdc.Network(backbone, args.k, 1)
-            if rotnet:
-                net = nn.Sequential(backbone, nn.ReLU(), nn.Linear(backbone.dim, 4))
-            else:
+            net = nn.Sequential(backbone, nn.ReLU(), nn.Linear(backbone.dim, 4))
+            if not rotnet:
                 nn.ModuleList(lsdc.first_stages(backbone.net, args.freeze_stages)).requires_grad_(False)
-            net = common.to_device(net, device)
+                net = lsdc.Network(backbone, args.k, 1)
+            net, rest = common.to_device(net, device), (labels, 1.0, np.random.default_rng(0))
             optimizer = torch.optim.SGD([w for w in net.parameters() if w.requires_grad], 1e-4, 0.9)
-            fraction, flip = args.center_fraction, 0.5 * args.flip
-            views = [lsdc.PaddedView(args.image_size, center=fraction, flip=flip, pad=args.pad)] * (
-                1 if rotnet else 3
-            )
-            everything, rng = torch.arange(len(labels)), np.random.default_rng(0)
-            images = next(loader.train(everything, views))[1]
-            images = lsdc.rotate4(images[0])[0] if rotnet else images
-
-            def ours():
-                batches, meter = loader.train(everything, views), common.Meter("", len(labels))
-                if rotnet:
-                    return lsdc.train_rotnet(net, optimizer, batches, meter, args)
-                return lsdc.train(net, optimizer, batches, labels, 1.0, rng, meter, args)
-
+            views = [lsdc.PaddedView(args.image_size, center=1.0, pad=args.pad)] * (1 if rotnet else 3)
+            train = lambda batches, meter: lsdc.train(net, optimizer, batches, *rest, meter, args)
+            ready = lambda views: views
+            if rotnet:
+                train = lambda batches, meter: lsdc.train_rotnet(net, optimizer, batches, meter, args)
+                ready = lambda views: lsdc.rotate4(views[0])[0]
             name = f"LSD-C step, {'rotnet' if rotnet else 'clustering'}"
-            yield step_case(name, args, steps, ours, net, images, device)
+            yield step_case(name, args, loader, views, train, net, ready)
 
 
 def aggregation_step(n, h, device, k=4096):
