@@ -163,10 +163,8 @@ def augmentation(run, device):
     view = common.View(32, (0.2, 1.0), jitter=strength, jitter_p=0.8, gray=0.2)
     pictures = [Image.fromarray(x) for x in data.pixels.cpu().permute(0, 2, 3, 1).numpy()]
     steps = [transforms.RandomResizedCrop(32, (0.2, 1.0)), transforms.RandomHorizontalFlip()]
-    steps += [
-        transforms.RandomApply([transforms.ColorJitter(*strength)], 0.8),
-        transforms.RandomGrayscale(0.2),
-    ]
+    jitter = transforms.RandomApply([transforms.ColorJitter(*strength)], 0.8)
+    steps += [jitter, transforms.RandomGrayscale(0.2)]
     plain = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(data.mean, data.std)])
     torch.set_num_threads(1)
     ours = lambda: list(loader.train(torch.arange(n), [view] * 2))
@@ -175,23 +173,22 @@ def augmentation(run, device):
 
 
 def files(run, device):
-    """torchvision's ImageFolder on the same JPEGs (--folder, or made up); no loader processes, one thread."""
+    """torchvision's ImageFolder on the same JPEGs, made up; no loader processes, one thread."""
     with tempfile.TemporaryDirectory() as made_up:
         os.mkdir(f"{made_up}/class")
-        for i in range(0 if run.folder else 32 if run.quick else 256):  # as many bytes as photographs have
+        for i in range(32 if run.quick else 256):  # as many bytes as photographs have
             image = Image.effect_noise((125, 94), 100).convert("RGB").resize((500, 375))
             image.save(f"{made_up}/class/{i}.jpg", quality=90)
         steps = [transforms.RandomResizedCrop(224, (0.08, 1.0)), transforms.RandomHorizontalFlip()]
         steps += [transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)]
-        plain = datasets.ImageFolder(run.folder or made_up, transforms.Compose(steps))
-        plain.samples = plain.samples[:: len(plain) // 512 + 1]
+        plain = datasets.ImageFolder(made_up, transforms.Compose(steps))
         data = common.Images("files", None, [path for path, _ in plain.samples], None, [])
         loader, n = common.Loader(data, 32, 224, 0.875, device, 0), len(data) // 32 * 32
         batches = torch.utils.data.DataLoader(plain, 32, shuffle=True, drop_last=True)
         torch.set_num_threads(1)
         ours = lambda: list(loader.train(torch.randperm(n), [common.View(224)]))
         reference = lambda: [images.to(device) for images, _ in batches]
-        yield Case(f"files: JPEG to 224 px, {run.folder or 'made up'}", ours, reference, n)
+        yield Case("files: JPEG of 500 x 375 to 224 px", ours, reference, n)
 
 
 def training(run, device):
@@ -491,7 +488,6 @@ def main():
     p.add_argument("--scale", action="store_true", help="instead of the rows: what grows with images and clusters, and how")
     p.add_argument("--device", choices=["auto", "cpu"], default="auto", help="auto: a GPU where there is one")
     p.add_argument("--out", default="bench.json", help="JSON file with the machine and all rows, written anew")
-    p.add_argument("--folder", help="for the row files: classes of JPEGs, as ImageFolder wants them; else some are made up")
     # fmt: on
     run = p.parse_args()
     device = common.setup(run.device)
