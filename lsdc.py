@@ -667,9 +667,7 @@ def draw_confusion(path, tables, classes):
     figure = Figure(figsize=(4 + len(order), 2 + 0.4 * len(names)), layout="constrained")
     for axis, (title, (table, _)) in zip(figure.subplots(1, len(tables)), tables.items(), strict=True):
         counts = table[:, order].numpy()
-        axis.imshow(
-            counts / counts.sum(1, keepdims=True).clip(1), cmap="Blues", vmin=0, vmax=2, aspect="auto"
-        )
+        axis.imshow(counts / counts.sum(1, keepdims=True).clip(1), cmap="Blues", vmax=2, aspect="auto")
         axis.set(title=title, xlabel="cluster", ylabel="class")
         axis.set_xticks(range(len(order)), order)
         axis.set_yticks(range(len(names)), names, parse_math=False)
