@@ -17,7 +17,7 @@ Symbols: N images, B batch (--batch-size, over all processes), D feature size, K
 consistency, which rises to lambda (--consistency) in the T epochs of --ramp-up.
 
     python lsdc.py                                       laptop: digits, no download, no GPU
-    python lsdc.py --data fashionmnist                   with RotNet, 10 minutes on 2 cores
+    python lsdc.py --data fashionmnist                   with RotNet, 5 minutes
     python lsdc.py --data my/photos --k 10               a folder of images, no labels needed
     python lsdc.py --data reuters.npz --k 4              vectors: array features (N, D) and, if known, labels (N,)
     torchrun --nproc_per_node=8 lsdc.py --data cifar10   the paper's table 1
