@@ -87,6 +87,8 @@ ROWS = [
     ("CoKe, one view, earlier script", FASHION, "python coke.py --data fashionmnist --views 1 --seed S", "coke-fashionmnist-1.jsonl coke-fashionmnist-1-seed?.jsonl", TEST, COKE_AT, ".1%", "none", "the first and the last beside other work"),
     ("LSD-C, kNN", DIGITS, "python lsdc.py --seed S", "lsdc-digits-seed?.jsonl", TEST, LSDC_TEST, ".1%", "none", THREAD),
     ("LSD-C, kNN", DIGITS, "python lsdc.py --seed S", "lsdc-digits-seed?.jsonl", KMEANS2, "result/baselines/{random network/test,pixels/test}/acc_labels", ".1%", "none", THREAD),
+    ("LSD-C, kNN", MNIST, "python lsdc.py --data mnist --seed S", "lsdc-mnist-seed?.jsonl", ALL, LSDC_ALL, ".1%", "not printed", THREAD),
+    ("LSD-C, kNN", MNIST, "python lsdc.py --data mnist --seed S", "lsdc-mnist-seed?.jsonl", "ACC of k-means: random network / RotNet / pixels, all images, %", "result/baselines/{random network,pretrained network,pixels}/both/acc_labels", ".1%", "none", THREAD),
     ("RotNet, 3 epochs, earlier script", MNIST, "python lsdc.py --data mnist --epochs 1 --out runs/lsdc-mnist-rotnet", "lsdc-mnist-rotnet.jsonl", "ACC of k-means on the features of the random network / of RotNet, all images, %", "result/baselines/{untrained,pretrained}/both/acc_labels", ".1%", "none", BUSY),
     ("LSD-C, kNN, earlier script", MNIST, "python lsdc.py --data mnist --backbone runs/lsdc-mnist-rotnet/rotnet.pt --seed S", "lsdc-mnist-knn.jsonl", ALL, LSDC_ALL, ".1%", "not printed", BUSY),
     ("LSD-C, SNE, earlier script", MNIST, "python lsdc.py --data mnist --backbone runs/lsdc-mnist-rotnet/rotnet.pt --seed S --labeling sne", "lsdc-mnist-sne.jsonl", ALL, LSDC_ALL, ".1%", "not printed", BUSY),
