@@ -82,14 +82,23 @@ def reference(script, folder, processes):
     return results(folder), time.time() - began
 
 
+def begun(script, out, seconds, rng, processes=1):
+    """A run that has been going on for a random time of up to `seconds`, and is not over."""
+    while True:
+        shutil.rmtree(out, ignore_errors=True)
+        run = start(script, out, processes)
+        wait_for_log(out)
+        time.sleep(rng.uniform(0, seconds))
+        if run.poll() is None:
+            return run
+
+
 def killed(script, folder, tries, rng):
     """kill -9 at a random moment; the same command again."""
     wanted, seconds = reference(script, folder / "alone", 1)
     for i in range(tries):
         out = folder / f"killed-{i}"
-        run = start(script, out)
-        wait_for_log(out)
-        time.sleep(rng.uniform(0, seconds))
+        run = begun(script, out, seconds, rng)
         run.kill()
         run.wait()
         yield start(script, out).wait() == 0 and same(results(out), wanted)
@@ -101,9 +110,7 @@ def restarted(script, folder, tries, rng):
     wanted, seconds = reference(script, folder / "two", 2)
     for i in range(tries):
         out = folder / f"restarted-{i}"
-        run = start(script, out, 2)
-        wait_for_log(out)
-        time.sleep(rng.uniform(0, 0.8 * seconds))
+        run = begun(script, out, 0.8 * seconds, rng, 2)
         workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
         os.kill(int(rng.choice(workers)), signal.SIGKILL)
         yield run.wait() == 0 and same(results(out), wanted)
