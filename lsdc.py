@@ -39,8 +39,8 @@ Departs from the paper and its code, on purpose:
  5. LeNet-5 and three epochs of RotNet for MNIST, 500-500-2000 for Reuters, batch norm in both, and the hidden layer of
     --classifier-layers 2, as wide as the features, are ours. ResNets have a 3x3 stem up to 96 pixels.
  6. A vector has no crops: its three views are equal, and the table's lambda of 25 for Reuters nothing to act on.
- 7. 1 - P is kept at 0 or above where rounding would bring it below. An epoch's last incomplete batch is dropped.
- 8. On GPUs networks run in bf16 autocast (--no-amp); features are compared, and losses computed, in float32.
+ 7. 1 - P is kept at 0 or above where rounding would bring it below. Weights start as in the other scripts.
+ 8. On GPUs networks, features too, run in bf16 autocast (--no-amp), comparisons and losses in float32.
  9. Resized crops of data in memory are not antialiased. With --backbone, its images' mean and deviation stay.
 """
 
@@ -155,14 +155,19 @@ def options(argv=None):
     recipe = RECIPES.get(typed.recipe or typed.data, RECIPES["reuters" if vectors else "photos"])
     p.set_defaults(wd=1e-4 if (typed.mix or recipe["mix"]) == "mixup" else 5e-4)
     p.set_defaults(**recipe)
+    if not (typed.arch or "resnet").startswith("resnet"):
+        p.set_defaults(freeze_stages=min(1, recipe["freeze_stages"]))  # LeNet-5 has two
     p.set_defaults(**({"lr": 1e-3} if typed.optimizer == "adam" else {}))
     p.set_defaults(**({"pretrain": "none"} if typed.backbone else {}))
     p.add_argument("-h", "--help", action="help", help="show this, with the defaults of --data or --recipe")
     args = p.parse_args(argv)
     if vectors != (args.arch == "mlp"):
         p.error(f"--arch {args.arch}: vectors (--data FILE.npz) take mlp, and images any other")
-    if vectors and (args.mix == "ricap" or args.pretrain == "rotnet" or args.backbone or typed.consistency):
-        p.error("a vector has no crops: no --mix ricap, --pretrain rotnet, --backbone, --consistency")
+    crops = typed.consistency or typed.pad or typed.flip
+    if vectors and (crops or args.mix == "ricap" or args.pretrain == "rotnet" or args.backbone):
+        p.error(
+            "a vector has no crops: no --mix ricap, --pretrain, --backbone, --consistency, --pad, --flip .."
+        )
     if args.labeling == "knn" and args.num_neighbors >= args.batch_size:
         p.error(f"--num-neighbors {args.num_neighbors}: a batch holds {args.batch_size - 1} others")
     if args.backbone and args.pretrain == "rotnet":
@@ -491,6 +496,7 @@ def confusion(data, assign, k, index):
 # %% main
 
 # Shown of each epoch; uniform is the loss of a uniform prediction, acc_labels that of test images, if there are some.
+SCORES = ("acc_labels", "nmi_labels", "ari_labels")
 SHOWN = ("epoch", "loss", "uniform", "rotation_accuracy", "positive", "acc_labels", "seconds")
 
 
@@ -531,7 +537,7 @@ def load_vectors(path):
 
 def pretrain(run, backbone, loader, view, learn, baselines, args):
     """RotNet, the first phase: those of its epochs that are not done yet. Leaves rotnet.pt."""
-    net, done = to_device(nn.Sequential(backbone, nn.ReLU(), nn.Linear(backbone.dim, 4)), loader.device), 0
+    net, done = nn.Sequential(backbone, nn.ReLU(), nn.Linear(backbone.dim, 4)).to(loader.device), 0
     how = {"momentum": 0.9, "nesterov": True, "weight_decay": args.pretrain_wd}  # [RotNet, code]
     optimizer = torch.optim.SGD(net.parameters(), args.pretrain_lr, **how)
     if run.state:
@@ -613,7 +619,8 @@ def main():
         optimizer.param_groups[0]["lr"] = lr
         weight = args.consistency * ramp(number, args.ramp_up)
         order, rng = torch.randperm(learn, generator=gen), np.random.default_rng(gen.initial_seed())
-        batches, record = loader.train(order, [view] * 3), {"epoch": number + 1, "phase": "lsdc", "lr": lr}
+        record = {"epoch": number + 1, "phase": "lsdc", "lr": lr, "weight": weight}
+        batches = loader.train(order, [view] * 3)
         meter = Meter(f"epoch {number + 1}/{args.epochs}", steps * loader.b)
         record |= train(trained, optimizer, batches, data.labels[:learn].to(device), weight, rng, meter, args)
         if (number + 1) % args.score_every == 0 or number + 1 == args.epochs:
@@ -641,38 +648,36 @@ def finish(run, net, loader, where, baselines, args):
     save_file(run.out / "clustering.pt", {"classifier": net.classifier.state_dict()})
     save_clusters(run.out, loader, assign, 1 - top, picture=args.arch != "mlp")  # most confident first
     result = {**found, "baselines": baselines}
-    if is_main() and data.labels.max() >= 0 and len(data.classes) * args.k <= 10_000:
-        known = data.without_unreadable(data.labels) >= 0
-        chosen = {"all images": known, f"images above {CONFIDENT}": known & (top > CONFIDENT)}
-        tables = {name: confusion(data, assign, args.k, index) for name, index in chosen.items()}
-        result["confusion"] = {name: table.tolist() for name, (table, _) in tables.items()}
-        draw_confusion(run.out / "confusion.png", tables, data.classes)
+    if 0 < len(data.classes) * args.k <= 10_000:
+        table, class_of = confusion(data, assign, args.k, data.without_unreadable(data.labels) >= 0)
+        result["confusion"] = table.tolist()  # classes in rows
     run.log({"result": result})
+    if is_main() and "confusion" in result and args.k <= 100:
+        draw_confusion(run.out / "confusion.png", table, class_of, data.classes)
     for name, sure in found["confident"].items():
         right = f", {sure['accuracy']:.1%} of them right" if "accuracy" in sure else ""
-        print_once(f"{name}: {sure['share']:.1%} of {len(where[name])} images above {CONFIDENT}{right}")
+        print_once(f"{name}: {sure['share']:.1%} of the images have p > {CONFIDENT}{right}")
     for name, ours in found["scores"].items():
         rows = {"LSD-C": ours} | {other: parts[name] for other, parts in baselines.items()}
-        words = [" ".join([other, *(f"{100 * x:.1f}" for x in row.values())]) for other, row in rows.items()]
-        print_once(f"{name}, NMI, ACC, ARI in %: {', '.join(words)}")
-    print_once(f"which image is in which cluster: {run.out}/assignments.csv")
+        words = [f"{who} {' / '.join(f'{100 * row[s]:.1f}' for s in SCORES)}" for who, row in rows.items()]
+        print_once(f"{name} images in {args.k} clusters, ACC / NMI / ARI in %:\n{', '.join(words)}")
+    print_once(f"which image is in which cluster: {run.out}/assignments.csv, and pictures beside it")
 
 
-def draw_confusion(path, tables, classes):
-    """Classes and clusters, in the order of their classes, of each of the tables; darker: a larger share of a row."""
+def draw_confusion(path, table, class_of, classes):
+    """Classes and clusters (classes, K), these in the order of their classes; darker: a larger share of a row."""
     from matplotlib.figure import Figure
 
     names = [name if name.isascii() else i for i, name in enumerate(classes)]  # what every font has
-    order = tables["all images"][1].remainder(2**62).argsort(stable=True).tolist()  # -1, of no class: last
-    figure = Figure(figsize=(4 + len(order), 2 + 0.4 * len(names)), layout="constrained")
-    for axis, (title, (table, _)) in zip(figure.subplots(1, len(tables)), tables.items(), strict=True):
-        counts = table[:, order].numpy()
-        axis.imshow(counts / counts.sum(1, keepdims=True).clip(1), cmap="Blues", vmax=2, aspect="auto")
-        axis.set(title=title, xlabel="cluster", ylabel="class")
-        axis.set_xticks(range(len(order)), order)
-        axis.set_yticks(range(len(names)), names, parse_math=False)
-        for (row, column), count in np.ndenumerate(counts):
-            axis.text(column, row, count, ha="center", va="center", size=7)
+    order = class_of.remainder(2**62).argsort(stable=True).tolist()  # -1, of no class: last
+    figure = Figure((2 + 0.5 * len(order), 2 + 0.4 * len(names)), layout="tight")
+    counts, axis = table[:, order].numpy(), figure.subplots()
+    axis.imshow(counts / counts.sum(1, keepdims=True).clip(1), cmap="Blues", vmax=2, aspect="auto")
+    axis.set(xlabel="cluster", ylabel="class")
+    axis.set_xticks(range(len(order)), order)
+    axis.set_yticks(range(len(names)), names, parse_math=False)
+    for (row, column), count in np.ndenumerate(counts):
+        axis.text(column, row, count, ha="center", va="center", size=7)
     figure.savefig(path)
 
 
