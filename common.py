@@ -815,9 +815,7 @@ def kmeans(x, k, gen, iterations=20):
     centroids = x.new_zeros(k, x.shape[1])
     centroids[mine.to(x.device)] = x[start[mine].to(x.device)]
     centroids = all_reduce_sum(centroids)  # each row comes from the one process that owns it
-    own = x.new_zeros(
-        k + 1, x.shape[1], dtype=torch.float64
-    )  # this process's sums; the last: of no cluster yet
+    own = x.new_zeros(k + 1, x.shape[1], dtype=torch.float64)  # this process's sums; last: of no cluster yet
     assign = torch.full((len(x),), k, device=x.device)
     for _ in range(iterations):
         before, assign = assign, nearest(x, centroids)[1][:, 0]
@@ -997,7 +995,7 @@ class Run:
             return self.log(what_runs(args, data))
         last = ["", *self.log_path.read_text().splitlines(keepends=True)][-1]
         self.finished = '"result"' in last and last[-1] == "\n" and self.state["epoch"] >= args.epochs
-        said = last if self.finished else "going on"
+        said = f"finished, see the last line of {self.log_path}" if self.finished else "going on"
         print_once(f"{self.out}: {self.state['epoch']} epochs are done; {said}")
         if is_main() and not self.finished:  # what was logged after the checkpoint will happen again
             os.truncate(self.log_path, min(self.state["log_bytes"], self.log_path.stat().st_size))
@@ -1024,7 +1022,7 @@ class Run:
     def log(self, record, *shown):
         """Append one JSON object to log.jsonl; print those of its entries whose names are `shown`."""
         found = {name: record[name] for name in shown if name in record}
-        words = [f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in found.items()]
+        words = [f"{name} {x:.3f}" if isinstance(x, float) else f"{name} {x}" for name, x in found.items()]
         print_once(*words, sep="  ") if words else None
         if is_main():
             with open(self.log_path, "a") as file:

@@ -104,7 +104,7 @@ def test_a_finished_run_says_so_and_another_argument_is_refused_by_name(go, whol
     line = one_error(go(name, f"{QUICK[name]} {flags} --seed 5", folder=two.folder, ok=False))
     assert all(word in line for word in (words, "seed 0 -> 5", "--overwrite")), line
     again = go(name, QUICK[name], folder=two.folder)
-    assert "epochs are done" in again.out and '"result"' in again.out and contents(two.run) == before
+    assert "epochs are done; finished" in again.out and contents(two.run) == before
 
 
 @every
