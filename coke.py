@@ -495,14 +495,14 @@ def main():
     if run.finished:
         return
     if run.state:
-        done, heads, untrained = map(run.state.get, ("epoch", "heads", "untrained"))
+        done, heads, random = map(run.state.get, ("epoch", "heads", "random"))
         net.load_state_dict(run.state["net"])
         optimizer.load_state_dict(run.state["optimizer"])
     else:
         done, slots, gen = 0, args.label_size if args.first_stage < 1 else 1, generator(args.seed, "centers")
         heads = [new_head(k, args.dim, len(data), slots, gen) for k in args.k]
         filled = fill_batch_norm(copy.deepcopy(net.encoder[0]), loader, torch.arange(min(256, len(data))))
-        untrained = kmeans_scores(filled, loaders, args)
+        random = kmeans_scores(filled, loaders, args)
     heads = [{name: x.to(device) for name, x in head.items()} for head in heads]
     run.state = None  # its tables may be large: one copy of them is enough
     trained = parallel(torch.compile(net) if args.compile else net)
@@ -528,14 +528,14 @@ def main():
             "net": net.state_dict(),
             "optimizer": optimizer.state_dict(),
             "heads": heads,  # centers, duals, counts, labels: see new_head
-            "untrained": untrained,  # scores of k-means on the random network
+            "random": random,  # scores of k-means on the random network
         }
         run.save(state, net.encoder[0], loader, projector=net.encoder[1].state_dict())
-    finish(run, net, loaders, heads, untrained, args)
+    finish(run, net, loaders, heads, random, args)
     torch.distributed.destroy_process_group()
 
 
-def finish(run, net, loaders, heads, untrained, args):
+def finish(run, net, loaders, heads, random, args):
     """Cluster center crops by the last centers, score every head, write and print what the run leaves behind."""
     h, result = args.k.index(args.head), [{"k": k} for k in args.k]
     for name, images in loaders.items():
@@ -547,7 +547,7 @@ def finish(run, net, loaders, heads, untrained, args):
             sizes["smallest"] *= sizes["empty"] == 0
             save_clusters(run.out, images, clusters[:, h], 1 - cosine[:, h])
     save_file(run.out / "clustering.pt", {"k": args.k, "centers": [head["previous"] for head in heads]})
-    others = {"random network": untrained, "pixels": kmeans_scores(pixel_net(args.image_size), loaders, args)}
+    others = {"random network": random, "pixels": kmeans_scores(pixel_net(args.image_size), loaders, args)}
     run.log({"result": {"head": args.head, **sizes, "heads": result}, "baselines": others})
     part = list(loaders)[-1]
     shown = {"CoKe": result[h][part], **others}

@@ -354,9 +354,9 @@ def main():
     run = Run("deepcluster", args, data, may_change={"epochs", "recipe"})
     if run.finished:
         return
-    done, k, assign_all, untrained = 0, None, None, {}
+    done, k, assign_all, random = 0, None, None, {}
     if run.state:
-        done, k, assign_all, untrained = map(run.state.get, ("epoch", "k", "assign_all", "untrained"))
+        done, k, assign_all, random = map(run.state.get, ("epoch", "k", "assign_all", "random"))
         encoder.load_state_dict(run.state["encoder"])
         optimizer.load_state_dict(run.state["optimizer"])
         head = make_head(encoder.dim, k, None).to(device)
@@ -372,7 +372,7 @@ def main():
             scores = label_scores(data.labels, assign_all, data.unreadable)
             record |= {"objective": model["objective"], **scores}
             record |= {"nmi_previous": nmi(before, assign_all)} if epoch else {}
-            untrained = untrained if epoch else scores
+            random = random if epoch else scores
         if recluster or halted and args.reset_head:
             # k-means numbers its clusters anew each epoch, so the old head is useless.
             head = make_head(encoder.dim, k, gen).to(device)
@@ -392,7 +392,7 @@ def main():
             "epoch": epoch + 1,
             "k": k,
             "assign_all": assign_all,  # (N,) pseudo-labels
-            "untrained": untrained,  # scores of the first ones
+            "random": random,  # scores of the first ones
             "encoder": encoder.state_dict(),
             "optimizer": optimizer.state_dict(),
             "head": head.state_dict(),  # its SGD has no momentum, so there is nothing to keep
@@ -405,7 +405,7 @@ def main():
     save_file(run.out / "clustering.pt", model)
     save_clusters(run.out, loader, assign_all, distance_all)
     scores = label_scores(data.labels, assign_all, data.unreadable)
-    others = {"random network": untrained, **baselines(loader, k, generator(args.seed, "baselines"))}
+    others = {"random network": random, **baselines(loader, k, generator(args.seed, "baselines"))}
     run.log({"result": {**cluster_sizes(assign_all, k), **scores}, "baselines": others})
     if scores:
         others = ", ".join(f"{name} {found['nmi_labels']:.3f}" for name, found in others.items())

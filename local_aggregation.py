@@ -348,7 +348,7 @@ def main():
     if run.finished:
         return
     if run.state:
-        done, bank, clusterings, untrained = map(run.state.get, ("epoch", "bank", "clusterings", "untrained"))
+        done, bank, clusterings, random = map(run.state.get, ("epoch", "bank", "clusterings", "random"))
         clusterings = clusterings if clusterings is None else clusterings.to(device)
         net.load_state_dict(run.state["net"])
         optimizer.load_state_dict(run.state["optimizer"])
@@ -356,7 +356,7 @@ def main():
         done, clusterings = 0, None
         bank = F.normalize(torch.randn(len(data), args.dim, generator=generator(args.seed, "bank")))
         filled = fill_batch_norm(copy.deepcopy(net), loader, torch.arange(min(256, len(data))))
-        untrained = eval_loader and knn(filled, loader, eval_loader)
+        random = eval_loader and knn(filled, loader, eval_loader)
     bank, zero = bank.to(device), torch.zeros(1, dtype=torch.int64, device=device)
     trained = parallel(torch.compile(net) if args.compile else net)
 
@@ -393,14 +393,14 @@ def main():
             "optimizer": optimizer.state_dict(),
             "bank": bank,  # (N, D)
             "clusterings": clusterings,  # (H, N), None in the epochs of instance recognition
-            "untrained": untrained,  # kNN of the random network
+            "random": random,  # kNN of the random network
         }
         run.save(state, net.backbone, loader, embedding=net.embedding.state_dict())
-    finish(run, net, loader, eval_loader, bank, untrained, args)
+    finish(run, net, loader, eval_loader, bank, random, args)
     torch.distributed.destroy_process_group()
 
 
-def finish(run, net, loader, eval_loader, bank, untrained, args):
+def finish(run, net, loader, eval_loader, bank, random, args):
     """Cluster the embeddings of center crops once; write and print what the run leaves behind."""
     data, gen = loader.data, generator(args.seed, "final")
     assign, distance, centroids, objective = kmeans(embed(net, loader), args.k, gen)
@@ -410,7 +410,7 @@ def finish(run, net, loader, eval_loader, bank, untrained, args):
     result = {**cluster_sizes(assign, args.k), **label_scores(data.labels, assign, data.unreadable)}
     others, found = baselines(loader, args.k, gen), {}
     if eval_loader:
-        found = {"center crops": knn(net, loader, eval_loader), "random network": untrained}
+        found = {"center crops": knn(net, loader, eval_loader), "random network": random}
         found["memory bank"] = knn(net, loader, eval_loader, bank)
         found |= {"pixels": knn(pixel_net(args.image_size), loader, eval_loader)} if others else {}
         words = [f"{name} {100 * x['knn_1']:.1f} / {100 * x['knn_200']:.1f}" for name, x in found.items()]
