@@ -110,8 +110,11 @@ def restarted(script, folder, tries, rng):
     wanted, seconds = reference(script, folder / "two", 2)
     for i in range(tries):
         out = folder / f"restarted-{i}"
-        run = begun(script, out, 0.8 * seconds, rng, 2)
-        workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+        workers = []
+        while not workers:  # torchrun outlives its processes for a moment
+            run = begun(script, out, 0.8 * seconds, rng, 2)
+            children = ["pgrep", "-P", str(run.pid)]
+            workers = subprocess.run(children, capture_output=True, text=True).stdout.split()
         os.kill(int(rng.choice(workers)), signal.SIGKILL)
         yield run.wait() == 0 and same(results(out), wanted)
         shutil.rmtree(out)
