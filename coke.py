@@ -33,8 +33,7 @@ smallest has 124 to 133 in the last epoch, with --ratio 0 61 to 111, and ACC is 
 decided early; rounding changes it by points. Stopped at any time, the same command goes on after the last epoch.
 
 Departs from the paper and the authors' code, on purpose:
- 1. The first clustering pass is --init-epochs, on top of the paper's count of epochs, and trains nothing (the code:
-    epoch 0 of 1001, at learning rate 0, where its momentum already gathers gradients).
+ 1. The first clustering pass is --init-epochs, before the paper's epochs, and trains nothing (the code: rate 0).
  2. One view: b = 0.5 (the code's script: 1, its parser 0.5; the paper: as good as 1).
  3. The two views differ in blur, and the second may be solarized, as in the code (the paper: "as in others").
  4. Duals have the code's floor at 0, for r < 1; the theory's bound on their sum is left out, there as well.

@@ -23,10 +23,9 @@ consistency, which rises to lambda (--consistency) in the T epochs of --ramp-up.
     torchrun --nproc_per_node=8 lsdc.py --data cifar10   the paper's table 1
 
 What to expect: on digits, 50 s on 2 cores, accuracy of the test images 94, 87, 96 % with seeds 0 to 2 (k-means on the
-random network 59, on pixels 70; the recipe was chosen by looking at it). Nothing keeps clusters equal in size, and
-seeds differ by ten points. Of all pairs 5 % are "positive", half of these of one class ("purity" in log.jsonl), at the
-end nine tenths. Mixed samples keep the loss far above 0. Cosine labels may run away to ever more positive pairs.
-Stopped at any time, the same command goes on after the last epoch, of RotNet, too.
+random network 59, on pixels 70; the recipe was chosen by looking at it). Nothing keeps clusters equal in size. Of all
+pairs 5 % are "positive", half of these of one class ("purity" in log.jsonl), at the end nine tenths. Mixed samples keep
+the loss far above 0. Stopped at any time, the same command goes on after the last epoch, of RotNet, too.
 
 Departs from the paper and its code, on purpose:
  1. RICAP: T[r, c] belongs to mixed sample r and image c, as the paper says; the code has S[r, pi(c)], its transpose.
@@ -39,9 +38,8 @@ Departs from the paper and its code, on purpose:
  5. LeNet-5 and three epochs of RotNet for MNIST, 500-500-2000 for Reuters, batch norm in both, and the hidden layer of
     --classifier-layers 2, as wide as the features, are ours. ResNets have a 3x3 stem up to 96 pixels.
  6. A vector has no crops: its three views are equal, and the table's lambda of 25 for Reuters nothing to act on.
- 7. 1 - P is kept at 0 or above where rounding would bring it below. Weights start as in the other scripts.
- 8. On GPUs networks, features too, run in bf16 autocast (--no-amp), comparisons and losses in float32.
- 9. Resized crops of data in memory are not antialiased. With --backbone, its images' mean and deviation stay.
+ 7. Rounding does not bring 1 - P below 0. Weights start as in the other scripts; --backbone brings mean and deviation.
+ 8. On GPUs networks, features too, run in bf16 autocast (--no-amp). Resized crops in memory are not antialiased.
 """
 
 import copy

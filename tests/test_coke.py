@@ -415,6 +415,8 @@ def test_recipes_are_the_papers_and_flags_override():
     assert values("digits --views multi --image-size 20", "local_size epochs") == [20, 30]
     assert values("x --recipe digits --k 7 7 --flip", "k flip arch") == [[7, 7], True, "lenet5"]
     for recipe, views in [(recipe, views) for recipe in RECIPES for views in ("1", "2", "multi")]:
+        if recipe.endswith(("-1", "-multi")):
+            continue  # taken with --views alone
         args = vars(options(["--data", "x", "--recipe", recipe, "--views", views]))
         assert [name for name, value in args.items() if value is None] == ["head"]
 
