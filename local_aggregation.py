@@ -23,9 +23,8 @@ in each (--k, the paper's m), k --num-neighbors, m --num-negatives of NCE, tau -
 
 What to expect: on digits, 30 s on 2 cores, the nearest neighbor tells the class of 98 % of the test images by their
 center crops (instance recognition alone 92, random network 93; pixels 99), of 96 to 97 % in the memory bank (91).
-Training from a random bank is chaotic: rounding moves these numbers by a point. The loss falls below "uniform", that
-of equal similarities, within ten epochs. Collapse: one cluster holds most images, kNN falls to chance.
-Stopped at any time, the same command goes on after the last epoch.
+Rounding moves these numbers by a point. The loss falls below "uniform", that of equal similarities, within ten epochs.
+Collapse: one cluster holds most images. Stopped at any time, the same command goes on after the last epoch.
 
 Departs from the papers and their code, on purpose:
  1. Instance recognition is exact up to 131,072 images, NCE beyond (the code: NCE always; --ir-loss nce). NCE needs
@@ -33,8 +32,7 @@ Departs from the papers and their code, on purpose:
  2. Losses are computed in log space, without the code's 1e-7. An image is always among its own neighbors (the code:
     if it is near enough; else the loss may be log 1e-7).
  3. Clusterings come before an epoch's first step (the authors' PyTorch code: after it, and only once if B divides N).
- 4. AlexNet has (H, K) = (3, 10,000) as in the paper's table (the code: 3 x 30,000). vgg16 has batch 256 throughout
-    (the code: 128 in instance recognition).
+ 4. AlexNet has (H, K) = (3, 10,000), the paper's table (the code: 3 x 30,000); vgg16 has batch 256 throughout.
  5. Networks are the other scripts', with batch norm in the linear layers, too, as in the code. The code's AlexNet has
     64-192-384-384-256 maps, its VGG normalizes one layer in each stage, its ResNets are pre-activation ones, its
     batch norm keeps 0.997 of its statistics at a step (ours 0.9). ResNets up to 64 pixels: 3x3 stem, no pooling.
@@ -42,8 +40,7 @@ Departs from the papers and their code, on purpose:
     processes on CPUs each normalize their own part of a batch.
  7. Colors are jittered before, not after, a fifth of the images turn gray, in one order for a batch. Random crops of
     data in memory are bilinear without antialiasing. An epoch's last incomplete batch is dropped.
- 8. On GPUs the network trains in bf16 autocast (--no-amp). Bank, neighbors and k-means are float32. At the end the
-    embeddings of center crops are clustered once, for assignments.csv and clustering.pt.
+ 8. On GPUs the network trains in bf16 autocast (--no-amp). Bank, neighbors and k-means are float32.
  9. Recipes of data other than ImageNet are ours; those of color images have not been run to the end.
 """
 
