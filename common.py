@@ -1138,10 +1138,16 @@ def save_clusters(out, loader, assign, distance, picture=True):
     clusters = ["unreadable" if c < 0 else c for c in assign.tolist()]
     with open(out / "assignments.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([("image", "cluster"), *zip(names, clusters, strict=True)])
+    if picture:
+        draw(draw_clusters, out / "clusters.png", loader, assign, distance)
+
+
+def draw(function, path, *rest):
+    """function(path, ..) draws a picture; one that fails does not end the run."""
     try:
-        draw_clusters(out / "clusters.png", loader, assign, distance) if picture else None
-    except Exception as problem:  # a picture never ends a run
-        print(f"WARNING: no clusters.png ({problem})", flush=True)
+        function(path, *rest)
+    except Exception as problem:
+        print(f"WARNING: no {path} ({problem})", flush=True)
 
 
 def draw_clusters(path, loader, assign, distance, rows=10, columns=10):

@@ -52,7 +52,7 @@ from pathlib import Path
 
 from common import (  # isort: skip
     ARCHS, Backbone, Images, Loader, Meter, Run, View, all_gather, all_reduce_sum, autocast, center_crop, cluster_sizes,
-    error, extract, fill_batch_norm, generator, is_main, kmeans, label_scores, load_backbone, load_data, make_parser,
+    draw, error, extract, fill_batch_norm, generator, is_main, kmeans, label_scores, load_backbone, load_data, make_parser,
     nearest, nmi, number, parallel, pixel_net, print_once, save_clusters, save_file, seed_epoch, setup, shard, to_device,
 )  # fmt: skip
 
@@ -651,7 +651,7 @@ def finish(run, net, loader, where, baselines, args):
         result["confusion"] = table.tolist()  # classes in rows
     run.log({"result": result})
     if is_main() and "confusion" in result and args.k <= 100:
-        draw_confusion(run.out / "confusion.png", table, class_of, data.classes)
+        draw(draw_confusion, run.out / "confusion.png", table, class_of, data.classes)
     for name, sure in found["confident"].items():
         right = f", {sure['accuracy']:.1%} of them right" if "accuracy" in sure else ""
         print_once(f"{name}: {sure['share']:.1%} of the images have p > {CONFIDENT}{right}")

@@ -1,6 +1,6 @@
 """Speed, side by side with a plain reference: every piece of the scripts, on this machine, as a ratio.
 
-    python -m extras.bench                     all rows, half an hour on two cores
+    python -m extras.bench                     all rows, a quarter of an hour on two cores
     python -m extras.bench --quick             small sizes, some minutes: does everything run?
     python -m extras.bench --only kmeans pca   some rows; --help has the names
     python -m extras.bench --scale             instead: time as images and clusters grow, and its law
@@ -56,7 +56,7 @@ class Case:
     aim: str | None = None  # instead of the row's
 
 
-def race(functions, rounds=5, limit=60):
+def race(functions, rounds=5, limit=20):
     """Median seconds of a call of each function, run in turns. The first turn warms up; after `limit` seconds no other
     turn begins, and a first one that took as long counts. Short calls are repeated for 20 ms and divided."""
     turns, began = [], time.perf_counter()
