@@ -1,7 +1,6 @@
 """LSD-C: images whose features lie close together should be put into the same cluster, also when they are mixed.
 
-Rebuffi, Ehrhardt, Han, Vedaldi & Zisserman, LSD-C: Linearly Separable Deep Clusters, 2020; with the pretraining it
-starts from: Gidaris et al., Unsupervised Representation Learning by Predicting Image Rotations ("RotNet"), 2018.
+Rebuffi, Ehrhardt, Han, Vedaldi & Zisserman, LSD-C, 2020; pretrained as Gidaris et al., ICLR 2018 ("RotNet").
 
     RotNet:      the network learns by which of four angles an image was turned; then its first stages are frozen
     each batch:  z = relu(backbone(x)),  p = softmax(classifier(z))     (B, D), (B, K)  x: random crops
@@ -33,8 +32,7 @@ Departs from the paper and its code, on purpose:
     18, 8, 8, 3 in the recipes of CIFAR-10, CIFAR-100-20, MNIST, Reuters. Every image is close to itself.
  3. On several processes pairs and mixed samples are those of the whole batch, with gradients to all (the paper: one
     GPU). Batch norm is over all GPUs; several processes on CPUs each normalize their own part of a batch.
- 4. The paper learns, RotNet too, from training and test images together, without labels (--train-on both). Recipes of
-    ours learn from training images alone. Scores of both parts are always given.
+ 4. The paper learns from training and test images together (--train-on both), recipes of ours from training images.
  5. LeNet-5 and three epochs of RotNet for MNIST, 500-500-2000 for Reuters, batch norm in both, and the hidden layer of
     --classifier-layers 2, as wide as the features, are ours. ResNets have a 3x3 stem up to 96 pixels.
  6. A vector has no crops: its three views are equal, and the table's lambda of 25 for Reuters nothing to act on.
@@ -86,7 +84,6 @@ RECIPES = {
     "stl10": {**PAPER, "epochs": 200, "ramp_up": 50, "labeling": "sne", "sne_temperature": 0.5,
               "image_size": 96, "pad": 12},  # ours: cosine, neighbors; 12 pixels are the code's
     "mnist": {**SMALL, "epochs": 15, "lr_steps": [], "ramp_up": 50, "num_neighbors": 8, "image_size": 28},
-    # of Reuters, and for other vectors; ours: network, cosine, SNE, weight decay
     "reuters": {**PAPER, "arch": "mlp", "k": 4, "epochs": 75, "lr": 1e-3, "wd": 0.0, "optimizer": "adam",
                 "lr_steps": [], "consistency": 0.0, "num_neighbors": 3, "mix": "none", "freeze_stages": 0,
                 "image_size": 1, "train_on": "train", "pretrain": "none"},

@@ -200,10 +200,8 @@ def training(run, device):
         assign, weights = torch.arange(n, device=device) % args.k, torch.ones(n, device=device)
         optimizer = torch.optim.SGD(encoder.parameters(), args.lr, args.momentum, weight_decay=args.wd)
         views, net = [common.View(args.image_size, (args.crop_area, 1.0))], nn.Sequential(encoder, head)
-        rest = assign, weights
-        train = lambda batches, meter: deepcluster.train(
-            encoder, head, optimizer, batches, *rest, meter, args
-        )
+        parts = encoder, head, optimizer
+        train = lambda batches, meter: deepcluster.train(*parts, batches, assign, weights, meter, args)
         yield step_case("DeepCluster step", args, loader, views, train, net, lambda views: views[0])
 
 
