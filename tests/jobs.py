@@ -5,7 +5,6 @@ import csv
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -214,11 +213,6 @@ def epochs(records):
     return [r for r in records if "loss" in r]
 
 
-def without_times(records):
-    timed = ("seconds", "images_per_second")
-    return [{k: v for k, v in r.items() if k not in timed} for r in epochs(records)]
-
-
 def read_assignments(path):
     with open(path, newline="") as file:
         head, *rows = csv.reader(file)
@@ -228,15 +222,6 @@ def read_assignments(path):
 
 def contents(run):
     return {p.name: p.read_bytes() for p in run.iterdir()}
-
-
-def copied(start, job, arguments, name, spoil=lambda run: None):
-    """A job in a copy of a former job's folder."""
-    folder = job.folder.parent / f"{job.folder.name}-{name.replace(' ', '-')}"
-    folder.mkdir()
-    shutil.copytree(job.run, folder / "run")
-    spoil(folder / "run")
-    return start(arguments, folder=folder).wait()
 
 
 def write_images(folder, count, make=None, size=32):
@@ -282,11 +267,3 @@ def assert_same(a, b):
         assert (a.run / name).read_bytes() == (b.run / name).read_bytes(), name
     logs = [[{k: v for k, v in r.items() if "seconds" not in k} for r in job.log()[1:]] for job in (a, b)]
     assert logs[0] == logs[1]
-
-
-def one_line(job, code=2):
-    """The one line with which a job ended, with this exit code and no traceback."""
-    assert job.code == code and "Traceback" not in job.out + job.err, job.out + job.err
-    (line,) = job.err.splitlines()
-    assert line.startswith(f"{job.script}: error: "), line
-    return line
