@@ -120,6 +120,7 @@ def setup(device="auto"):
     backend, own = ("cpu:gloo,cuda:nccl", device) if gpus else ("gloo", None)
     more = {"rank": rank, "world_size": world, "timeout": timedelta(minutes=10), "device_id": own}
     dist.init_process_group(backend, store=store, **more)
+    all_reduce_sum(torch.zeros(1))  # all are here: one that ends with an error leaves nobody who still connects
     return device
 
 
