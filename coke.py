@@ -57,12 +57,14 @@ import math
 import time
 from argparse import BooleanOptionalAction as YesNo
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from common import (  # isort: skip
-    ARCHS, Backbone, Loader, Meter, Run, View, all_gather, all_reduce_sum, autocast, check_finite, cluster_sizes, error,
-    extract, fill_batch_norm, generator, is_main, kmeans, label_scores, load_data, make_parser, nearest, nmi, number,
-    parallel, pixel_net, print_once, save_clusters, save_file, seed_epoch, setup, shard, to_device,
+    ARCHS, Loader, Meter, Run, View, all_gather, all_reduce_sum, assign_folder, autocast, check_finite, cluster_sizes,
+    error, extract, fill_batch_norm, generator, init_defaults, is_main, kmeans, label_scores, load_backbone, load_data,
+    load_file, look_at, make_backbone, make_parser, nearest, nmi, number, parallel, pixel_net, print_once,
+    read_backbone, save_clusters, save_file, seed_epoch, setup, shard, to_device,
 )  # fmt: skip
 
 import torch
@@ -79,10 +81,6 @@ IMAGENET = {
     "center_fraction": 0.875, "crop_area": 0.08, "local_area": [0.05, 0.6], "flip": True, "color": True, "blur": True,
     "projector_layers": 3,
 }  # fmt: skip
-PHOTOS = {
-    **IMAGENET, "arch": "resnet18", "k": [10, 20, 40], "epochs": 20, "warmup_epochs": 2, "batch_size": 256, "lr": 0.8,
-    "ratio": 0.9, "dual_lr": 0.1,
-}  # fmt: skip
 CIFAR = {
     **IMAGENET, "arch": "resnet18", "k": list(range(10, 101, 10)), "epochs": 400, "batch_size": 128, "lr": 0.2,
     "wd": 1e-4, "optimizer": "sgd", "ratio": 0.9, "dual_lr": 0.1, "image_size": 32, "center_fraction": 1.0,
@@ -96,7 +94,6 @@ DIGITS = {**GRAY, "k": [10, 20, 30, 40, 50], "epochs": 60, "dual_lr": 1.0, "crop
 RECIPES = {
     "imagenet": IMAGENET,  # and folders
     "imagenet-multi": {**IMAGENET, "epochs": 800},
-    "photos": PHOTOS,
     **dict.fromkeys(("cifar10", "stl10"), CIFAR),
     "cifar100-20": {**CIFAR, "k": list(range(20, 201, 20))},
     "svhn": {**CIFAR, "flip": False},
@@ -106,6 +103,15 @@ RECIPES = {
     "digits-1": {**DIGITS, "epochs": 100},
     "digits-multi": {**DIGITS, "epochs": 30},
 }
+
+
+def photos(n, side, init):
+    """The recipe of a folder of n images of this shorter side; `init`: the network is trained already. Ours."""
+    batch = min(256, max(16, 2 ** int(math.log2(n / 30))))
+    return {
+        **CIFAR, "arch": "lenet5", "k": [10, 20, 40], "epochs": min(200, max(10, 60_000 // n)), "warmup_epochs": 2,
+        "batch_size": batch, "lr": 0.1 * batch / 64, "image_size": min(64, side), "center_fraction": 0.875,
+    }  # fmt: skip
 
 
 def options(argv=None):
@@ -150,10 +156,14 @@ def options(argv=None):
     g.add_argument("--projector-layers", type=number(int, 1, 16), help="linear layers between network and embedding: 3; in the paper's ablations 2 [supplementary 2.1]")
     # fmt: on
     known, _ = p.parse_known_args(argv)
-    base = known.recipe or (known.data if known.data in RECIPES else "imagenet")
+    base, seen = known.recipe or known.data, look_at(known.data)
+    base = base if base in RECIPES else "imagenet"
     first_stage, temperature = (0.8, 0.1) if known.views == "1" else (1.0, 0.05)
     p.set_defaults(first_stage=first_stage, temperature=temperature)
     p.set_defaults(**RECIPES[base] | RECIPES.get(f"{base}-{known.views}", {}))
+    if not known.recipe and 0 < seen[0] < 100_000:
+        p.set_defaults(**photos(*seen, known.init))
+    p.set_defaults(**init_defaults(known))
     p.add_argument("-h", "--help", action="help", help="show this, with the defaults of --data or --recipe")
     args = p.parse_args(argv)
     if args.head and args.head not in args.k:
@@ -187,11 +197,9 @@ class Network(nn.Module):
 
     def __init__(self, args, channels):
         super().__init__()
-        backbone = Backbone(args.arch, channels, args.image_size, dropout=0.0, pool=True, norm=True)
-        d, layers, self.predictor = backbone.dim, [nn.ReLU()], None
-        for out in [d] * (args.projector_layers - 1) + [args.dim]:
-            layers += [nn.Linear(d, out), nn.BatchNorm1d(out), nn.ReLU(inplace=True)]
-        self.encoder = nn.Sequential(backbone, nn.Sequential(*layers[:-1]))
+        backbone, self.predictor = make_backbone(args, channels, dropout=0.0, pool=True, norm=True), None
+        d = backbone.dim
+        self.encoder = nn.Sequential(backbone, make_projector([d] * args.projector_layers + [args.dim]))
         if args.predictor_weight > 0:
             hidden = [nn.Linear(args.dim, d), nn.BatchNorm1d(d), nn.ReLU(inplace=True)]
             self.predictor = nn.Sequential(*hidden, nn.Linear(d, args.dim))
@@ -202,6 +210,12 @@ class Network(nn.Module):
         # Where all images are alike, batch norm leaves next to nothing to stretch: without the floor its gradient,
         # 1 / length, explodes. The length of others is about the root of D.
         return tuple(F.normalize(torch.stack(y).float(), dim=-1, eps=0.01) for y in (z, p))
+
+
+def make_projector(units):
+    """Features (B, d) -> (B, D): linear layers of so many units, each with batch norm, ReLU before each."""
+    layers = [[nn.ReLU(), nn.Linear(a, b), nn.BatchNorm1d(b)] for a, b in pairwise(units)]
+    return nn.Sequential(*sum(layers, []))
 
 
 # %% the algorithm (no process or device: nothing to set up)
@@ -469,10 +483,27 @@ def describe(heads, before, data, args):
     return {**found[h], **changes, "heads": found}
 
 
+def load_model(run, device):
+    """What clusters images as a finished run did, see assign_folder: by the head that it wrote."""
+    backbone, saved, found = load_backbone(run)[0], read_backbone(run), load_file(run / "clustering.pt")
+    widths = [x.shape[1] for name, x in saved["projector"].items() if x.ndim == 2]
+    centers = found["centers"][found["k"].index(found["head"])].to(device)
+    projector = make_projector([*widths, centers.shape[1]])
+    projector.load_state_dict(saved["projector"])
+
+    def decide(z):
+        cosine, clusters = nearest(z, centers, inner=True)
+        return 1 - cosine, clusters
+
+    return nn.Sequential(backbone, projector).to(device), F.normalize, decide
+
+
 def main():
     args = options()
+    if args.assign:
+        return assign_folder(args, load_model)
     device = setup(args.device)
-    data, test = load_data(args.data, args.root)
+    data, test = load_data(args.data, args.root, args.normalize)
     check(args, data)
     how = args.batch_size, args.image_size, args.center_fraction, device, args.workers
     loader = Loader(data, *how)
@@ -481,7 +512,10 @@ def main():
         loaders["test"] = Loader(test, *how, training=False)
     steps, h = len(data) // args.batch_size, args.k.index(args.head)
     uniform = sum(map(math.log, args.k)) / len(args.k)  # the loss if all similarities were equal
-    print_once(f"{data}, {steps} steps an epoch, on {device}\nloss of a uniform prediction: {uniform:.3f}")
+    ks = " ".join(map(str, args.k))
+    print_once(
+        f"{data}, K = {ks}, {steps} steps an epoch, on {device}\nloss of a uniform prediction: {uniform:.3f}"
+    )
 
     torch.manual_seed(args.seed)  # the same initial weights on all processes
     net = to_device(Network(args, len(data.mean)), device)
@@ -500,8 +534,9 @@ def main():
     else:
         done, slots, gen = 0, args.label_size if args.first_stage < 1 else 1, generator(args.seed, "centers")
         heads = [new_head(k, args.dim, len(data), slots, gen) for k in args.k]
-        filled = fill_batch_norm(copy.deepcopy(net.encoder[0]), loader, torch.arange(min(256, len(data))))
-        random = kmeans_scores(filled, loaders, args)
+        random = copy.deepcopy(net.encoder[0])
+        random = random if args.init else fill_batch_norm(random, loader, torch.arange(min(256, len(data))))
+        random = kmeans_scores(random, loaders, args)
     heads = [{name: x.to(device) for name, x in head.items()} for head in heads]
     run.state = None  # its tables may be large: one copy of them is enough
     trained = parallel(torch.compile(net) if args.compile else net)
@@ -513,7 +548,12 @@ def main():
         meter = Meter(f"epoch {epoch + 1}/{args.epochs}", steps * loader.b)
         batches = loader.train(torch.randperm(len(data), generator=gen), make_views(args))
         sums = train(trained, optimizer, batches, lrs, heads, now, meter, args)
-        record = {"epoch": epoch + 1, "phase": now[0], "lr": lrs[-1] if epoch >= 0 else 0.0}
+        record = {
+            "epoch": epoch + 1,
+            "epochs": args.epochs,
+            "phase": now[0],
+            "lr": lrs[-1] if epoch >= 0 else 0.0,
+        }
         means = [meter.mean_loss(), *(all_reduce_sum(sums) / (steps * args.batch_size)).tolist()]
         record |= zip(("loss", "loss_projection", "loss_prediction"), means, strict=True)
         record |= {"uniform": uniform, **describe(heads, before, data, args)}
@@ -521,7 +561,7 @@ def main():
         if "test" in loaders:
             found = predict(net, loaders["test"], heads)[0][:, h]
             record["test"] = label_scores(test.labels, found, test.unreadable)
-        run.log({**record, "seconds": time.time() - began}, *SHOWN)
+        run.end_epoch({**record, "seconds": time.time() - began}, *SHOWN)
         state = {
             "epoch": epoch + 1 + args.init_epochs,  # epochs done
             "net": net.state_dict(),
@@ -544,9 +584,10 @@ def finish(run, net, loaders, heads, random, args):
         if name == "train":
             sizes = cluster_sizes(clusters[:, h], args.head)
             sizes["smallest"] *= sizes["empty"] == 0
-            save_clusters(run.out, images, clusters[:, h], 1 - cosine[:, h])
-    save_file(run.out / "clustering.pt", {"k": args.k, "centers": [head["previous"] for head in heads]})
-    others = {"random network": random, "pixels": kmeans_scores(pixel_net(args.image_size), loaders, args)}
+            save_clusters(run.out, images, clusters[:, h], 1 - cosine[:, h], args.head)
+    centers = [head["previous"] for head in heads]
+    save_file(run.out / "clustering.pt", {"k": args.k, "head": args.head, "centers": centers})
+    others = {args.start: random, "pixels": kmeans_scores(pixel_net(args.image_size), loaders, args)}
     run.log({"result": {"head": args.head, **sizes, "heads": result}, "baselines": others})
     part = list(loaders)[-1]
     shown = {"CoKe": result[h][part], **others}

@@ -28,6 +28,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +61,8 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def make_parser(description):
-    """An argparse parser with the options that say where and how to run, not what.
+def make_parser(description, trains=True):
+    """An argparse parser with the options that say where and how to run, not what; trains: and from which weights.
 
     Without -h: a script adds it once its recipe has set the defaults, so that --help shows those.
     """
@@ -81,6 +82,10 @@ def make_parser(description):
     g.add_argument("--amp", action=yes_no, default=True, help="train in bf16 autocast on GPUs that compute in it; without: float32, convolutions in TF32")
     g.add_argument("--compile", action=yes_no, default=False, help="torch.compile the network")
     g.add_argument("--workers", type=number(int, 0), default=workers, help="processes that decode files, for each training process")
+    p.set_defaults(sobel=False)
+    if trains:
+        g.add_argument("--init", metavar="FILE", help="start from the weights of a run folder, a backbone.pt, a checkpoint with torchvision's names or the DeepCluster or CoKe authors'; imagenet: torchvision's, learnt with labels")
+        g.add_argument("--assign", metavar="FOLDER", help="no training: clusters of these images by the finished run in --out, as assignments-FOLDER.csv in it")
     # fmt: on
     return p
 
@@ -120,7 +125,9 @@ def setup(device="auto"):
     backend, own = ("cpu:gloo,cuda:nccl", device) if gpus else ("gloo", None)
     more = {"rank": rank, "world_size": world, "timeout": timedelta(minutes=10), "device_id": own}
     dist.init_process_group(backend, store=store, **more)
-    all_reduce_sum(torch.zeros(1))  # all are here: one that ends with an error leaves nobody who still connects
+    all_reduce_sum(
+        torch.zeros(1)
+    )  # all are here: one that ends with an error leaves nobody who still connects
     return device
 
 
@@ -250,10 +257,10 @@ class Images:
         return f"{len(self)} images of {self.name}" + " (data/imagenet was not found)" * digits
 
 
-def load_data(name, root="data"):
+def load_data(name, root="data", normalize=None):
     """(train, test) as Images; test is None where the data has none. Ends with exit code 2 if it cannot be read.
 
-    name: one of SETS, or a folder, see load_folder.
+    name: one of SETS, or a folder, see load_folder. normalize: a trained network's (mean, std) instead of their own.
     """
     try:
         if name in SETS:
@@ -269,6 +276,10 @@ def load_data(name, root="data"):
         part = train.pixels[:: len(train) // 100_001 + 1] / 255
         train.mean = tuple(part.mean((0, 2, 3)).tolist())
         train.std = tuple(part.std((0, 2, 3)).clamp(min=1e-3).tolist())
+    if normalize:
+        if len(normalize[0]) != len(train.mean):
+            error(f"{name} has {len(train.mean)} channel(s), the network sees {len(normalize[0])}")
+        train.mean, train.std = map(tuple, normalize)
     if test:
         test.mean, test.std = train.mean, train.std
     return train, test
@@ -321,7 +332,7 @@ def load_folder(folder):
             raise ValueError(f"only one of {parts['train']} and {held_out} has classes {', '.join(odd[:5])}")
         return train, test
     left_out, labels = [], None
-    paths = list_images(folder, os.path.realpath(folder), set(), left_out)
+    paths = list(list_images(folder, os.path.realpath(folder), set(), left_out))
     below = [path.removeprefix(folder).lstrip("/").split("/") for path in paths]
     classes = sorted({names[0] for names in below if len(names) > 1})
     beside = [path for path, names in zip(paths, below, strict=True) if len(names) == 1]
@@ -340,24 +351,39 @@ def load_folder(folder):
     return data, None
 
 
+def look_at(folder):
+    """(how many images a folder has to train on, counted up to 100,000; the usual shorter side of some in pixels), by
+    which recipes for folders go; (0, 0) if there is none."""
+    if not os.path.isdir(folder):
+        return 0, 0
+    parts = {entry.name.lower(): entry.path for entry in os.scandir(folder) if entry.is_dir()}
+    folder, sides = parts.get("train", folder), []
+    paths = list(islice(list_images(folder, os.path.realpath(folder), set(), []), 100_000))
+    for path in paths[:: len(paths) // 20 + 1]:
+        with suppress(Exception), Image.open(path) as image:
+            sides.append(min(image.size))
+    return len(paths), int(np.median(sides)) if sides else 0
+
+
 def list_images(folder, root, seen, left_out):
-    """Paths of the images below a folder, by name; other files are added to the list left_out.
+    """Yield the paths of the images below a folder, by name; other files are added to the list left_out.
 
     Hidden files and run folders are passed over. Links are followed once, and not to what lies below the real path
     `root` anyway; `seen` is the set of real paths that were.
     """
-    images, entries = [], [entry for entry in os.scandir(folder) if entry.name[0] != "."]
+    entries = [entry for entry in os.scandir(folder) if entry.name[0] != "."]
     for entry in sorted(entries, key=lambda entry: entry.name):
         if not entry.is_dir():
-            known = entry.is_file() and entry.name.lower().endswith(SUFFIXES)
-            (images if known else left_out).append(entry.path)
+            if entry.is_file() and entry.name.lower().endswith(SUFFIXES):
+                yield entry.path
+            else:
+                left_out.append(entry.path)
             continue
         real = os.path.realpath(entry)
         known = real in seen or entry.is_symlink() and f"{real}/".startswith(f"{root}/")
         if not known and not os.path.exists(f"{entry.path}/log.jsonl"):
             seen.add(real)
-            images += list_images(entry.path, root, seen, left_out)
-    return images
+            yield from list_images(entry.path, root, seen, left_out)
 
 
 def decode_small(data, side=96, limit=2**29):
@@ -978,6 +1004,7 @@ class Run:
         Ends with exit code 2, naming what differs, if the checkpoint came from other arguments or images.
         """
         self.method, self.out, self.log_path = method, Path(args.out), Path(args.out) / "log.jsonl"
+        self.phase = None  # of the last epoch
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, to go on
         problem = self._open(args.overwrite and not restarted) if is_main() else None
         if all_reduce_sum(torch.tensor(problem is not None)):
@@ -1031,6 +1058,20 @@ class Run:
             with open(self.log_path, "a") as file:
                 file.write(json.dumps(record) + "\n")
 
+    def end_epoch(self, record, *shown):
+        """Log an epoch; of the first one of each phase say what time is left; after a fifth of them and at the end,
+        whether the loss still is that of a uniform prediction."""
+        epoch, epochs, uniform = record["epoch"], record["epochs"], record.get("uniform", math.inf)
+        self.log(record, *shown)
+        if record.get("phase", "") != self.phase and epoch < epochs:
+            self.phase = record.get("phase", "")
+            print_once(f"about {timedelta(seconds=round(record['seconds'] * (epochs - epoch)))} left")
+        if epoch in (math.ceil(epochs / 5), epochs) and record["loss"] > 0.98 * uniform:
+            print_once(
+                f"WARNING: the loss is {record['loss']:.3f}, that of a uniform prediction {uniform:.3f}: nothing is "
+                "learnt. More steps (a smaller --batch-size, more --epochs), another --lr, or --init"
+            )
+
     def save(self, state, backbone, loader, **more):
         """checkpoint.pt; and backbone.pt, a Backbone alone, with what more a method has, like the layer behind it."""
         if is_main():
@@ -1082,10 +1123,11 @@ def save_file(path, state, keep=False):
 
 def load_file(path):
     """torch.load for plain data only; raises if the file is damaged. Checks every zip checksum first: torch does
-    not, and flipped bits would become wrong weights."""
-    with zipfile.ZipFile(path) as archive:
-        if broken := archive.testzip():
-            raise ValueError(f"checksum of {broken} is wrong")
+    not, and flipped bits would become wrong weights. Only torch before 1.6 wrote files that are no zips."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if broken := archive.testzip():
+                raise ValueError(f"checksum of {broken} is wrong")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -1105,44 +1147,137 @@ def load_checkpoint(folder):
     return None, False
 
 
-def read_backbone(path):
-    """{"state_dict", "meta", ..} of a backbone.pt or of that of a run folder; ends the run if it is neither."""
+def read_backbone(path, arch=None):
+    """{"state_dict", "meta", ..} of a backbone.pt or of that of a run folder; of others' weights, see translate; or
+    of "imagenet" or "imagenet-ARCH", torchvision's. Ends the run if it is none of these."""
     try:
+        kind, _, name = str(path).partition("-")
+        if kind == "imagenet":
+            name = name or arch or "resnet18"
+            if name not in ("resnet18", "resnet50", "vgg16"):
+                raise ValueError(f"torchvision has weights of resnet18, resnet50 and vgg16, not of {name}")
+            weights = torchvision.models.get_model_weights(name.replace("vgg16", "vgg16_bn")).DEFAULT
+            return translate(weights.get_state_dict(progress=False))
         saved = load_file(f"{path}/backbone.pt" if Path(path).is_dir() else path)
-        saved["state_dict"], saved["meta"]["arch"]
-        return saved
+        return saved if "meta" in saved else translate(saved)
     except Exception as problem:
-        error(f"{path} is no run folder with a backbone.pt, and no such file, or damaged ({problem!r})")
+        why = " ".join(str(problem).split())[:300]
+        error(f"{path} is no run folder with a backbone.pt, and no file of weights, or damaged ({why})")
 
 
-def load_backbone(path, **changed):
-    """(Backbone in evaluation mode, meta) from a backbone.pt or a run folder; changed: other arguments of Backbone."""
-    saved = read_backbone(path)
-    names = ("arch", "channels", "image_size", "sobel", "pool", "norm")
+def translate(saved):
+    """Others' weights as a backbone.pt: torchvision's, and checkpoints that name weights as it does, behind prefixes:
+    those of the authors of DeepCluster and CoKe, of MoCo, SwAV and DINO. Heads are left out; 1,000 outputs tell that
+    there were labels, and two input channels a Sobel filter."""
+    state = saved.get("state_dict", saved)
+    state = {name.replace("module.", ""): x for name, x in state.items()}
+    for prefix in ("encoder_q.", "base_encoder.", "encoder.", "backbone."):
+        if any(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+    head = next((state[name] for name in ("fc.weight", "classifier.6.weight") if name in state), ())
+    kept = ("conv1.", "bn1.", "layer", "features.", "classifier.")
+    state = {name: x for name, x in state.items() if name.startswith(kept) and "classifier.6." not in name}
+    first = state.get("conv1.weight", state.get("features.0.weight"))
+    if first is None:
+        raise ValueError(
+            f"no conv1.weight or features.0.weight among {', '.join(list(state)[:5]) or 'its names'}"
+        )
+    arch = ("alexnet" if first.shape[2] == 11 else "vgg16") if "features.0.weight" in state else "resnet18"
+    arch = "resnet50" if "layer1.0.conv3.weight" in state else arch
+    meta = {
+        "arch": arch,
+        "channels": 3,
+        "image_size": 224,
+        "sobel": first.shape[1] == 2,
+        "pool": False,
+        "norm": False,
+    }
+    meta |= {"method": "supervised" if len(head) == 1000 else "pretrained", "center_fraction": 0.875}
+    meta |= {"data": "data/imagenet", "mean": list(Images.mean), "std": list(Images.std)}
+    return {"state_dict": state, "meta": meta}
+
+
+def load_backbone(path, arch=None, **changed):
+    """(Backbone in evaluation mode, meta) of what read_backbone reads; changed: other arguments of Backbone."""
+    saved = read_backbone(path, arch)
+    kind = {"pool_shortcuts": False, **saved["meta"], **changed, "arch": arch or saved["meta"]["arch"]}
+    names = ("arch", "channels", "image_size", "sobel", "dropout", "pool", "norm", "pool_shortcuts")
     try:
-        kind = {name: saved["meta"][name] for name in names}
-        kind["pool_shortcuts"] = saved["meta"].get("pool_shortcuts", False)
-        backbone = Backbone(**{**kind, **changed})
+        backbone = Backbone(**{name: kind[name] for name in names if name in kind})
         backbone.net.load_state_dict(saved["state_dict"])
     except (KeyError, RuntimeError) as problem:
-        error(f"{path}: its weights fit no network of these scripts ({problem!r})")
+        why = " ".join(str(problem).split())[:300]
+        error(f"{path}: no weights for {kind['arch']} at {kind.get('image_size')} pixels: {why}")
     return backbone.eval(), saved["meta"]
 
 
-def save_clusters(out, loader, assign, distance, picture=True):
+def make_backbone(args, channels, **kind):
+    """The Backbone that training starts from: of --arch, --image-size and --sobel, random but for --init; then in the
+    variant (norm, pool_shortcuts) of that file."""
+    kind |= {"channels": channels, "image_size": args.image_size, "sobel": args.sobel}
+    if not args.init:
+        return Backbone(args.arch, **kind)
+    kind = {name: value for name, value in kind.items() if name not in ("norm", "pool_shortcuts")}
+    return load_backbone(args.init, args.arch, **kind)[0].train()
+
+
+def init_defaults(known):
+    """What --init decides where no flag does: network, Sobel filter, mean and deviation of the images; and what tables
+    call the network that training starts from."""
+    if not known.init:
+        return {"start": "random network", "normalize": None}
+    meta = read_backbone(known.init, known.arch)["meta"]
+    found = {"arch": meta["arch"], "sobel": meta["sobel"], "normalize": [meta["mean"], meta["std"]]}
+    if not meta["arch"].startswith("resnet"):
+        found["image_size"] = meta["image_size"]  # what linear layers take
+    return {**found, "start": f"{meta['method']} initialization"}
+
+
+def save_clusters(out, loader, assign, distance, k=None, picture=True, name=""):
     """assignments.csv: image (path, or position in a named set) and cluster, or "unreadable"; perhaps clusters.png.
 
-    assign, distance (N,) of all images, the same on all processes.
+    assign, distance (N,) of all images, the same on all processes. k: say which of so many clusters vanished, and
+    whether labels tell more than those of a random assignment. name: follows "assignments" and "clusters".
     """
     if not is_main():
         return
     assign = loader.data.without_unreadable(assign)
     names = loader.data.paths or range(len(assign))
     clusters = ["unreadable" if c < 0 else c for c in assign.tolist()]
-    with open(out / "assignments.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    path = out / f"assignments{name}.csv"
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([("image", "cluster"), *zip(names, clusters, strict=True)])
+    known = assign >= 0
+    if k and (empty := k - len(assign[known].unique())):
+        print(f"WARNING: {empty} of {k} clusters have no image left: fewer --k, a smaller --lr, or --init")
+    if k and loader.data.labels is not None:
+        known &= loader.data.labels >= 0
+        labels, assign_known = loader.data.labels[known], assign[known]
+        shuffled = assign_known[torch.randperm(len(labels), generator=generator("shuffled"))]
+        ours, chance = nmi(labels, assign_known), nmi(labels, shuffled)
+        if len(labels) and ours < chance + 0.01:
+            print(f"WARNING: NMI with the labels, {ours:.3f}, is that of a random assignment, {chance:.3f}")
     if picture:
-        draw(draw_clusters, out / "clusters.png", loader, assign, distance)
+        draw(draw_clusters, out / f"clusters{name}.png", loader, assign, distance)
+
+
+@torch.no_grad()
+def assign_folder(args, load_model):
+    """--assign: write the clusters of a folder's images by the finished run --out into assignments-FOLDER.csv there.
+
+    load_model(run folder) -> (network, embed, decide): images -> features (B, D), embed: -> (B, P), decide: those of
+    all images of this process -> distance, cluster (n, 1)."""
+    out, device, meta = Path(args.out), setup(args.device), read_backbone(args.out)["meta"]
+    net, embed, decide = load_model(out, device)
+    data, _ = load_data(args.assign, args.root, (meta["mean"], meta["std"]))
+    how = meta["image_size"], meta["center_fraction"], device, args.workers
+    loader = Loader(data, args.batch_size, *how, training=False)
+    found = decide(extract(net, loader, torch.arange(*shard(len(data))), embed))
+    distance, assign = (all_gather(x)[:, 0].cpu() for x in found)
+    name = f"-{Path(args.assign).resolve().name}"
+    save_clusters(out, loader, assign, distance, name=name)
+    print_once(f"which of {data} is in which cluster: {out}/assignments{name}.csv and clusters{name}.png")
+    dist.destroy_process_group()
 
 
 def draw(function, path, *rest):
@@ -1154,10 +1289,11 @@ def draw(function, path, *rest):
 
 
 def draw_clusters(path, loader, assign, distance, rows=10, columns=10):
-    """A row for each of up to `rows` clusters, from the largest to the smallest: number, size, most central images."""
+    """A row for each of up to `rows` clusters, from the largest to the smallest: number, size, with labels the class
+    that most of it are of, and its most central images."""
     from matplotlib.figure import Figure
 
-    counts = torch.bincount(assign[assign >= 0])
+    counts, data = torch.bincount(assign[assign >= 0]), loader.data
     used = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
     used = used[torch.linspace(0, len(used) - 1, min(rows, len(used))).round().long()].tolist()
     figure = Figure(figsize=(columns, len(used)))
@@ -1169,6 +1305,17 @@ def draw_clusters(path, loader, assign, distance, rows=10, columns=10):
         images = torch.cat([images, images.new_ones(columns - len(best), *images.shape[1:])]).clamp(0, 1)
         row = torchvision.utils.make_grid(images, nrow=columns, pad_value=1)
         axis.imshow(row.permute(1, 2, 0).cpu().numpy())
-        axis.set_ylabel(f"{c}\n{counts[c]} images", rotation=0, ha="right", va="center")
+        words = [f"cluster {c}, {counts[c]} images", *main_class(data, members)]
+        axis.set_ylabel("\n".join(words), rotation=0, ha="right", va="center", parse_math=False)
         axis.set(xticks=[], yticks=[], frame_on=False)
     figure.savefig(path, bbox_inches="tight")
+
+
+def main_class(data, members):
+    """["NAME 83 %"], the most frequent class of the images `members`; [] without labels."""
+    if data.labels is None or data.labels[members].max() < 0:
+        return []
+    counts = torch.bincount(data.labels[members].clamp(min=0))
+    best = int(counts.argmax())
+    name = data.classes[best] if data.classes[best].isascii() else best  # what every font has
+    return [f"{name} {counts[best] / len(members):.0%}"]

@@ -45,9 +45,10 @@ from argparse import BooleanOptionalAction as YesNo
 from pathlib import Path
 
 from common import (  # isort: skip
-    ARCHS, Backbone, Loader, Meter, Run, View, all_gather, all_reduce_sum, autocast, baselines, check_finite,
-    cluster_sizes, error, extract, generator, he_init, is_main, kmeans, label_scores, load_data, make_parser,
-    nearest, nmi, number, parallel, print_once, save_clusters, save_file, seed_epoch, setup, shard, to_device,
+    ARCHS, Loader, Meter, Run, View, all_gather, all_reduce_sum, assign_folder, autocast, baselines, check_finite,
+    cluster_sizes, error, extract, generator, he_init, init_defaults, is_main, kmeans, label_scores, load_backbone,
+    load_data, load_file, look_at, make_backbone, make_parser, nearest, nmi, number, parallel, print_once, save_clusters,
+    save_file, seed_epoch, setup, shard, to_device,
 )  # fmt: skip
 
 import numpy as np
@@ -84,6 +85,18 @@ RECIPES = {
 }  # fmt: skip
 
 
+def photos(n, side, init):
+    """The recipe of a folder of n images of this shorter side; `init`: the network is trained already. Ours."""
+    if n == 0 or n >= 100_000:
+        return RECIPES["imagenet"]
+    size = min(64, side)
+    batch = min(256, max(16, 2 ** int(math.log2(n / 30))))
+    return {
+        **CARON, "arch": "lenet5", "sobel": False, "k": max(2, n // 10), "pca": min(60, n // 10), "image_size": size,
+        "batch_size": batch, "epochs": min(100, max(10, 60_000 // n)), "crop_area": 0.3,
+    }  # fmt: skip
+
+
 def options(argv=None):
     """The command line as a namespace."""
     p = make_parser("DeepCluster (Caron et al. 2018)")
@@ -115,8 +128,10 @@ def options(argv=None):
     g.add_argument("--initial-alignment", type=number(int, 0), default=0, metavar="S", help="print NMI(labels, clusters of the random network) for S seeds and stop [Deep Dive 4.1.1]")
     # fmt: on
     known, _ = p.parse_known_args(argv)
-    names = (known.recipe, f"{known.data}-{known.arch}", known.data, "imagenet")
-    p.set_defaults(**RECIPES[next(name for name in names if name in RECIPES)])
+    names = (known.recipe, f"{known.data}-{known.arch}", known.data)
+    recipes = [RECIPES[name] for name in names if name in RECIPES]
+    p.set_defaults(**(recipes or [photos(*look_at(known.data), known.init)])[0])
+    p.set_defaults(**init_defaults(known))
     p.add_argument("-h", "--help", action="help", help="show this, with the defaults of --data or --recipe")
     args = p.parse_args(argv)
     if args.reset_head and not args.halt_clustering:
@@ -135,17 +150,22 @@ def make_encoder(args, channels):
     alexnet, vgg16, lenet5: the last hidden linear layer before its ReLU; encoder and backbone are one.
     ResNet A: the flattened last map; ResNet B: two linear layers of 4096 on top of it.
     """
-    backbone = Backbone(args.arch, channels, args.image_size, args.sobel, args.dropout)
+    backbone = make_backbone(args, channels, dropout=args.dropout)
     if not args.arch.startswith("resnet") or args.resnet_head == "A":
         return backbone, backbone
     if args.arch == "resnet50":
         print_once("WARNING: ResNet-50 with head B becomes trivial [Local Aggregation, supplementary 2.2]")
-    hidden = [nn.Dropout(args.dropout), nn.Linear(backbone.dim, 4096), nn.ReLU(inplace=True)]
-    hidden = nn.Sequential(*hidden, nn.Dropout(args.dropout), nn.Linear(4096, 4096))
-    he_init(hidden)
-    encoder = nn.Sequential(backbone, hidden)
+    encoder = nn.Sequential(backbone, hidden_layers(backbone.dim, args.dropout))
     encoder.dim = 4096
     return backbone, encoder
+
+
+def hidden_layers(dim, dropout):
+    """ResNet B's: features (B, dim) -> (B, 4096)."""
+    layers = [nn.Dropout(dropout), nn.Linear(dim, 4096), nn.ReLU(inplace=True)]
+    layers = nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(4096, 4096))
+    he_init(layers)
+    return layers
 
 
 def make_head(dim, k, gen):
@@ -296,9 +316,7 @@ def cluster(encoder, loader, args, gen, sample=65536):
 def train(encoder, head, optimizer, batches, assign_all, weights, meter, args):
     """Cross-entropy to the pseudo-labels assign_all (N,), weighted by weights (N,); the epoch's mean loss."""
     net = parallel(nn.Sequential(encoder, head))
-    head_optimizer = torch.optim.SGD(
-        head.parameters(), args.lr, weight_decay=args.wd
-    )  # no momentum: nothing to keep
+    head_optimizer = torch.optim.SGD(head.parameters(), args.lr, weight_decay=args.wd)
     net.train()
     for index, (images,) in batches:
         target = assign_all[index]  # (b,)
@@ -318,7 +336,7 @@ def train(encoder, head, optimizer, batches, assign_all, weights, meter, args):
 
 
 def initial_alignment(args, data, loader, device):
-    """Print IA(theta, K) = NMI(labels, clusters of the random network) over seeds [Deep Dive 4.1.1]."""
+    """Print IA(theta, K) = NMI(labels, clusters of the starting network) over seeds [Deep Dive 4.1.1]."""
     values = []
     if data.labels is None:
         error("--initial-alignment compares with labels, and these images have none")
@@ -331,15 +349,31 @@ def initial_alignment(args, data, loader, device):
     print_once(f"K = {k}: median {np.median(values):.4f}, min {min(values):.4f}, max {max(values):.4f}")
 
 
+def load_model(run, device):
+    """What clusters images as a finished run did, see assign_folder."""
+    backbone, found = load_backbone(run)[0], load_file(run / "clustering.pt")
+    mean, axes, centroids = (
+        x if x is None else x.to(device) for x in map(found.get, ("mean", "axes", "centroids"))
+    )
+    if centroids is None:
+        error(f"{run}: power iteration clustering has no centroids that could assign new images")
+    net = nn.Sequential(backbone)
+    if "hidden" in found:  # of ResNet B
+        net.append(hidden_layers(backbone.dim, 0.0)).to(device)[1].load_state_dict(found["hidden"])
+    return net.to(device), lambda x: whiten(x, mean, axes), lambda z: nearest(z, centroids)
+
+
 def main():
     args = options()
+    if args.assign:
+        return assign_folder(args, load_model)
     device = setup(args.device)
-    data, _ = load_data(args.data, args.root)
+    data, _ = load_data(args.data, args.root, args.normalize)
     if args.clustering == "kmeans" and args.k > len(data):
-        error(f"--k {args.k} is more than the {data}")
+        error(f"--k {args.k} is more than the {data}; try --k {max(2, len(data) // 10)}")
     loader = Loader(data, args.batch_size, args.image_size, args.center_fraction, device, args.workers)
     steps = len(data) // args.batch_size
-    print_once(f"{data}, {steps} steps an epoch, on {device}")
+    print_once(f"{data}, K = {args.k}, {steps} steps an epoch, on {device}")
     if args.initial_alignment:
         return initial_alignment(args, data, loader, device)
 
@@ -363,7 +397,11 @@ def main():
         head.load_state_dict(run.state["head"])
 
     for epoch in range(done, args.epochs):
-        began, gen, record = time.time(), seed_epoch(args.seed, epoch), {"epoch": epoch + 1}
+        began, gen, record = (
+            time.time(),
+            seed_epoch(args.seed, epoch),
+            {"epoch": epoch + 1, "epochs": args.epochs},
+        )
         halted = 0 < args.halt_clustering <= epoch
         recluster = epoch % args.reassign == 0 and not halted
         if recluster:
@@ -386,8 +424,8 @@ def main():
         meter = Meter(f"epoch {epoch + 1}/{args.epochs}", steps * loader.b)
         batches, targets = loader.train(order, [view]), assign_all.to(device)
         record["loss"] = train(compiled, head, optimizer, batches, targets, weights.to(device), meter, args)
-        record |= {"ln_k": math.log(k), "seconds": time.time() - began}
-        run.log(record, "epoch", "loss", "ln_k", "nmi_previous", "nmi_labels", "clusters", "seconds")
+        record |= {"uniform": math.log(k), "seconds": time.time() - began}
+        run.end_epoch(record, "epoch", "loss", "uniform", "nmi_previous", "nmi_labels", "clusters", "seconds")
         state = {
             "epoch": epoch + 1,
             "k": k,
@@ -403,9 +441,9 @@ def main():
     if backbone is not encoder:
         model["hidden"] = encoder[1].state_dict()  # ResNet B's, which backbone.pt does not hold
     save_file(run.out / "clustering.pt", model)
-    save_clusters(run.out, loader, assign_all, distance_all)
+    save_clusters(run.out, loader, assign_all, distance_all, k)
     scores = label_scores(data.labels, assign_all, data.unreadable)
-    others = {"random network": random, **baselines(loader, k, generator(args.seed, "baselines"))}
+    others = {args.start: random, **baselines(loader, k, generator(args.seed, "baselines"))}
     run.log({"result": {**cluster_sizes(assign_all, k), **scores}, "baselines": others})
     if scores:
         others = ", ".join(f"{name} {found['nmi_labels']:.3f}" for name, found in others.items())

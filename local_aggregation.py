@@ -52,9 +52,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from common import (  # isort: skip
-    ARCHS, Backbone, Loader, Meter, Run, View, all_gather, all_reduce_sum, autocast, baselines, cluster_sizes, error,
-    extract, fill_batch_norm, generator, kmeans, knn_accuracy, label_scores, load_data, make_parser, nmi, number,
-    parallel, pixel_net, print_once, save_clusters, save_file, seed_epoch, setup, shard, to_device,
+    ARCHS, Loader, Meter, Run, View, all_gather, all_reduce_sum, assign_folder, autocast, baselines, cluster_sizes,
+    error, extract, fill_batch_norm, generator, init_defaults, kmeans, knn_accuracy, label_scores, load_backbone,
+    load_data, load_file, look_at, make_backbone, make_parser, nearest, nmi, number, parallel, pixel_net, print_once,
+    read_backbone, save_clusters, save_file, seed_epoch, setup, shard, to_device,
 )  # fmt: skip
 
 import torch
@@ -85,6 +86,16 @@ RECIPES = {
     "digits": {**GRAY, "epochs": 60, "lr_steps": [48, 57], "k": 30, "flip": False},
 }  # fmt: skip
 EXACT, NEGATIVES = 2**17, 4096  # images up to which the softmax over the whole bank is taken; --num-negatives
+
+
+def photos(n, side, init):
+    """The recipe of a folder of n images of this shorter side; `init`: the network is trained already. Ours."""
+    epochs = min(200, max(10, 100_000 // n))
+    return {
+        **IMAGENET, "arch": "lenet5", "image_size": min(64, side), "epochs": epochs, "lr_steps": [epochs * 8 // 10],
+        "ir_epochs": epochs // 2, "k": max(2, n // 50), "clusterings": 3, "num_neighbors": max(2, n // 5),
+        "batch_size": min(128, max(16, 2 ** int(math.log2(n / 30)))),
+    }  # fmt: skip
 
 
 def options(argv=None):
@@ -121,8 +132,13 @@ def options(argv=None):
     g.add_argument("--num-negatives", type=count, default=NEGATIVES, help="m: images that nce takes for others, for each image; far fewer than there are [Wu et al.]")
     # fmt: on
     known, _ = p.parse_known_args(argv)
-    base = known.recipe or (known.data if known.data in RECIPES else "imagenet")
-    p.set_defaults(**RECIPES.get(f"{base}-{known.arch}", RECIPES[base]))
+    base, seen = known.recipe or known.data, look_at(known.data)
+    if base not in RECIPES and 0 < seen[0] < 100_000:
+        p.set_defaults(**photos(*seen, known.init))
+    else:
+        base = base if base in RECIPES else "imagenet"
+        p.set_defaults(**RECIPES.get(f"{base}-{known.arch}", RECIPES[base]))
+    p.set_defaults(**init_defaults(known))
     p.add_argument("-h", "--help", action="help", help="show this, with the defaults of --data or --recipe")
     args = p.parse_args(argv)
     if args.loss == "la" and args.epochs <= args.ir_epochs:
@@ -140,7 +156,7 @@ class Network(nn.Module):
 
     def __init__(self, args, channels):
         super().__init__()
-        self.backbone = Backbone(args.arch, channels, args.image_size, dropout=0.0, pool=True, norm=True)
+        self.backbone = make_backbone(args, channels, dropout=0.0, pool=True, norm=True)
         self.embedding = nn.Linear(self.backbone.dim, args.dim)
 
     def forward(self, images):
@@ -323,17 +339,29 @@ def check(args, data):
         print_once(f"WARNING: nce learns nothing from {args.num_negatives} --num-negatives of {n} images")
 
 
+def load_model(run, device):
+    """What clusters images as a finished run did, see assign_folder."""
+    backbone, saved = load_backbone(run)[0], read_backbone(run)
+    embedding = nn.Linear(*saved["embedding"]["weight"].T.shape)
+    embedding.load_state_dict(saved["embedding"])
+    centroids = load_file(run / "clustering.pt")["centroids"].to(device)
+    net = nn.Sequential(backbone, nn.ReLU(), embedding).to(device)
+    return net, F.normalize, lambda z: nearest(z, centroids)
+
+
 def main():
     args = options()
+    if args.assign:
+        return assign_folder(args, load_model)
     device = setup(args.device)
-    data, test = load_data(args.data, args.root)
+    data, test = load_data(args.data, args.root, args.normalize)
     check(args, data)
     how = args.batch_size, args.image_size, args.center_fraction, device, args.workers
     loader, eval_loader = Loader(data, *how), None
     if data.labels is not None and test and test.labels is not None:
         eval_loader = Loader(test, *how, training=False)
     steps = len(data) // args.batch_size
-    print_once(f"{data}, {steps} steps an epoch, on {device}")
+    print_once(f"{data}, K = {args.k}, {steps} steps an epoch, on {device}")
 
     torch.manual_seed(args.seed)  # the same initial weights on all processes
     net = to_device(Network(args, len(data.mean)), device)
@@ -352,8 +380,9 @@ def main():
     else:
         done, clusterings = 0, None
         bank = F.normalize(torch.randn(len(data), args.dim, generator=generator(args.seed, "bank")))
-        filled = fill_batch_norm(copy.deepcopy(net), loader, torch.arange(min(256, len(data))))
-        random = eval_loader and knn(filled, loader, eval_loader)
+        random = copy.deepcopy(net)
+        random = random if args.init else fill_batch_norm(random, loader, torch.arange(min(256, len(data))))
+        random = eval_loader and knn(random, loader, eval_loader)
     bank, zero = bank.to(device), torch.zeros(1, dtype=torch.int64, device=device)
     trained = parallel(torch.compile(net) if args.compile else net)
 
@@ -361,7 +390,7 @@ def main():
         began, gen, seconds, sums = time.time(), seed_epoch(args.seed, epoch), 0.0, 0
         aggregate = args.loss == "la" and epoch >= args.ir_epochs
         lr = args.lr * 0.1 ** sum(epoch >= step for step in args.lr_steps)
-        record = {"epoch": epoch + 1, "phase": "la" if aggregate else "ir", "lr": lr}
+        record = {"epoch": epoch + 1, "epochs": args.epochs, "phase": "la" if aggregate else "ir", "lr": lr}
         for group in optimizer.param_groups:
             group["lr"] = lr
         order = torch.randperm(len(data), generator=gen)
@@ -383,7 +412,7 @@ def main():
         record["uniform"] = uniform if aggregate else recognize(0 * bank[:1], bank, zero, args).item()
         record |= knn(net, loader, eval_loader, bank) if eval_loader else {}
         record |= {"seconds_clustering": seconds, "seconds": time.time() - began}
-        run.log(record, *SHOWN)
+        run.end_epoch(record, *SHOWN)
         state = {
             "epoch": epoch + 1,
             "net": net.state_dict(),
@@ -403,11 +432,11 @@ def finish(run, net, loader, eval_loader, bank, random, args):
     assign, distance, centroids, objective = kmeans(embed(net, loader), args.k, gen)
     assign, distance = all_gather(assign).cpu(), all_gather(distance).cpu()
     save_file(run.out / "clustering.pt", {"centroids": centroids, "objective": objective})
-    save_clusters(run.out, loader, assign, distance)
+    save_clusters(run.out, loader, assign, distance, args.k)
     result = {**cluster_sizes(assign, args.k), **label_scores(data.labels, assign, data.unreadable)}
     others, found = baselines(loader, args.k, gen), {}
     if eval_loader:
-        found = {"center crops": knn(net, loader, eval_loader), "random network": random}
+        found = {"center crops": knn(net, loader, eval_loader), args.start: random}
         found["memory bank"] = knn(net, loader, eval_loader, bank)
         found |= {"pixels": knn(pixel_net(args.image_size), loader, eval_loader)} if others else {}
         words = [f"{name} {100 * x['knn_1']:.1f} / {100 * x['knn_200']:.1f}" for name, x in found.items()]

@@ -36,7 +36,7 @@ Departs from the paper and its code, on purpose:
  5. LeNet-5 and three epochs of RotNet for MNIST, 500-500-2000 for Reuters, batch norm in both, and the hidden layer of
     --classifier-layers 2, as wide as the features, are ours. ResNets have a 3x3 stem up to 96 pixels.
  6. A vector has no crops: its three views are equal, and the table's lambda of 25 for Reuters nothing to act on.
- 7. Rounding does not bring 1 - P below 0. Weights start as in the other scripts; --backbone brings mean and deviation.
+ 7. Rounding does not bring 1 - P below 0. Weights start as in the other scripts; --init brings mean and deviation.
  8. On GPUs networks, features too, run in bf16 autocast (--no-amp). Resized crops in memory are not antialiased.
 """
 
@@ -49,9 +49,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from common import (  # isort: skip
-    ARCHS, Backbone, Images, Loader, Meter, Run, View, all_gather, all_reduce_sum, autocast, center_crop, cluster_sizes,
-    draw, error, extract, fill_batch_norm, generator, is_main, kmeans, label_scores, load_backbone, load_data, make_parser,
-    nearest, nmi, number, parallel, pixel_net, print_once, save_clusters, save_file, seed_epoch, setup, shard, to_device,
+    ARCHS, Backbone, Images, Loader, Meter, Run, View, all_gather, all_reduce_sum, assign_folder, autocast, center_crop,
+    cluster_sizes, draw, error, extract, fill_batch_norm, generator, init_defaults, is_main, kmeans, label_scores,
+    load_backbone, load_data, load_file, look_at, make_backbone, make_parser, nearest, nmi, number, parallel, pixel_net,
+    print_once, save_clusters, save_file, seed_epoch, setup, shard, to_device,
 )  # fmt: skip
 
 import numpy as np
@@ -92,13 +93,21 @@ RECIPES = {
                      "train_on": "train"},
     "digits": {**SMALL, "epochs": 100, "lr_steps": [75, 90], "ramp_up": 50, "freeze_stages": 0, "pad": 0,
                "crop_area": 0.85, "sne_temperature": 2.0, "train_on": "train", "pretrain": "none", "score_every": 10},
-    "photos": {**PAPER, "lr": 0.02, "pretrain_lr": 0.02, "epochs": 40, "lr_steps": [25, 33], "ramp_up": 20,
-               "batch_size": 128, "num_neighbors": 8, "image_size": 128, "center_fraction": 0.875, "pad": 0,
-               "train_on": "train", "pretrain_epochs": 20, "pretrain_lr_steps": [6, 12, 16]},  # and folders
 }  # fmt: skip
 ONLY = [("num_neighbors", "labeling", "knn"), ("cosine_", "labeling", "cosine"), ("sne_", "labeling", "sne")]
 ONLY += [("pretrain_", "pretrain", "rotnet"), ("crop_area", "pad", 0)]  # what flags that begin so are for
 CONFIDENT = 0.9  # a prediction above this probability [supplementary 2]
+
+
+def photos(n, side, init):
+    """The recipe of a folder of n images of this shorter side; `init`: the network is trained already. Ours."""
+    epochs, batch = min(100, max(10, 60_000 // max(1, n))), min(256, max(32, n // 10))
+    return {
+        **PAPER, "arch": "lenet5", "epochs": epochs, "lr_steps": [epochs * 2 // 3], "ramp_up": epochs // 2,
+        "batch_size": batch, "num_neighbors": batch // 20, "image_size": max(1, min(64, side)), "center_fraction": 0.875,
+        "pad": 0, "train_on": "train", "freeze_stages": 0, "lr": 0.05, "pretrain_epochs": epochs,
+        "pretrain_lr_steps": [epochs // 2, epochs * 3 // 4], "pretrain_batch_size": 32,
+    }  # fmt: skip
 
 
 def options(argv=None):
@@ -138,7 +147,6 @@ def options(argv=None):
     g.add_argument("--freeze-bn", action=YesNo, default=False, help="leave their batch-norm statistics, too, instead of letting them follow the data [code: follow]")
     g = p.add_argument_group("RotNet")
     g.add_argument("--pretrain", choices=["rotnet", "none"], help="what comes before clustering [supplementary 1, table 4]")
-    g.add_argument("--backbone", metavar="FILE", help="start from this backbone.pt, rotnet.pt or run folder, without RotNet")
     g.add_argument("--pretrain-epochs", type=count, help="passes over the data, each image in all four rotations [supplementary 1]")
     g.add_argument("--pretrain-lr", type=from_0, help="learning rate [supplementary 1]")
     g.add_argument("--pretrain-lr-steps", type=count, nargs="*", help="epochs after which it is divided by five [supplementary 1]")
@@ -147,26 +155,26 @@ def options(argv=None):
     # fmt: on
     typed, _ = p.parse_known_args(argv)
     vectors = typed.data.endswith(".npz")
-    recipe = RECIPES.get(typed.recipe or typed.data, RECIPES["reuters" if vectors else "photos"])
+    recipe = RECIPES.get(typed.recipe or (typed.data, "reuters")[vectors]) or photos(
+        *look_at(typed.data), typed.init
+    )
     p.set_defaults(wd=1e-4 if (typed.mix or recipe["mix"]) == "mixup" else 5e-4)
     p.set_defaults(**recipe)
     if not (typed.arch or "resnet").startswith("resnet"):
         p.set_defaults(freeze_stages=min(1, recipe["freeze_stages"]))  # LeNet-5 has two
     p.set_defaults(**({"lr": 1e-3} if typed.optimizer == "adam" else {}))
-    p.set_defaults(**({"pretrain": "none"} if typed.backbone else {}))
+    p.set_defaults(**init_defaults(typed), **({"pretrain": "none"} if typed.init else {}))
     p.add_argument("-h", "--help", action="help", help="show this, with the defaults of --data or --recipe")
     args = p.parse_args(argv)
     if vectors != (args.arch == "mlp"):
         p.error(f"--arch {args.arch}: vectors (--data FILE.npz) take mlp, and images any other")
     crops = typed.consistency or typed.pad or typed.flip
-    if vectors and (crops or args.mix == "ricap" or args.pretrain == "rotnet" or args.backbone):
-        p.error(
-            "a vector has no crops: no --mix ricap, --pretrain, --backbone, --consistency, --pad, --flip .."
-        )
+    if vectors and (crops or args.mix == "ricap" or args.pretrain == "rotnet" or args.init):
+        p.error("a vector has no crops: no --mix ricap, --pretrain, --init, --consistency, --pad, --flip ..")
     if args.labeling == "knn" and args.num_neighbors >= args.batch_size:
         p.error(f"--num-neighbors {args.num_neighbors}: a batch holds {args.batch_size - 1} others")
-    if args.backbone and args.pretrain == "rotnet":
-        p.error("--backbone takes the place of --pretrain rotnet")
+    if args.init and args.pretrain == "rotnet":
+        p.error("--init takes the place of --pretrain rotnet")
     given = [name for name, value in vars(typed).items() if value is not None]
     for start, other, value in ONLY:
         if (unused := [x for x in given if x.startswith(start)]) and getattr(args, other) != value:
@@ -204,23 +212,12 @@ class Network(nn.Module):
         return z[0].detach().float(), p
 
 
-def make_backbone(args, data):
-    """A new backbone, or that of --backbone, of whichever method; then data are normalized as its images were."""
-    channels = len(data.mean)
-    if args.arch == "mlp":  # 500, 500 and 2000 units; the features are before their ReLU
-        backbone, units = nn.Sequential(), [channels, 500, 500, 2000]
-        layers = [[nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()] for a, b in pairwise(units)]
-        backbone.net = nn.Sequential(nn.Flatten(), *sum(layers, [])[:-1])
-        backbone.dim, backbone.meta = units[-1], {"arch": "mlp", "channels": channels}
-        return backbone
-    if not args.backbone:
-        kind = {"dropout": 0.0, "pool": True, "norm": True, "pool_shortcuts": True}
-        return Backbone(args.arch, channels, args.image_size, **kind)
-    backbone, meta = load_backbone(args.backbone, dropout=0.0, pool=True)
-    for name, want in {"arch": args.arch, "channels": channels, "image_size": args.image_size}.items():
-        if meta[name] != want:
-            error(f"--backbone {args.backbone} has {name} {meta[name]}, this run {want}")
-    data.mean, data.std = tuple(meta["mean"]), tuple(meta["std"])
+def make_mlp(d):
+    """Vectors (B, d, 1, 1) -> features (B, 2000) by layers of 500, 500 and 2000 units, before the last one's ReLU."""
+    backbone, units = nn.Sequential(), [d, 500, 500, 2000]
+    layers = [[nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()] for a, b in pairwise(units)]
+    backbone.net = nn.Sequential(nn.Flatten(), *sum(layers, [])[:-1])
+    backbone.dim, backbone.meta = units[-1], {"arch": "mlp", "channels": d}
     return backbone
 
 
@@ -497,7 +494,11 @@ SHOWN = ("epoch", "loss", "uniform", "rotation_accuracy", "positive", "acc_label
 
 def load(args):
     """All images, the training set first, -1 the label of those without; positions of "train", "test" and "both"."""
-    train, test = (load_vectors(args.data), None) if args.arch == "mlp" else load_data(args.data, args.root)
+    train, test = (
+        (load_vectors(args.data), None)
+        if args.arch == "mlp"
+        else load_data(args.data, args.root, args.normalize)
+    )
     data, parts, n = copy.copy(train), [train, test] if test else [train], len(train)
     data.labels = torch.cat([torch.full((len(x),), -1) if x.labels is None else x.labels for x in parts])
     both = torch.arange(len(data.labels))
@@ -546,9 +547,9 @@ def pretrain(run, backbone, loader, view, learn, baselines, args):
         optimizer.param_groups[0]["lr"] = lr
         batches = loader.train(torch.randperm(learn, generator=gen), [view])
         meter = Meter(f"RotNet {epoch + 1}/{args.pretrain_epochs}", learn // loader.world)
-        record = {"epoch": epoch + 1, "phase": "rotnet", "lr": lr}
+        record = {"epoch": epoch + 1, "epochs": args.pretrain_epochs, "phase": "rotnet", "lr": lr}
         record |= train_rotnet(trained, optimizer, batches, meter, args)
-        run.log({**record, "seconds": time.time() - began}, *SHOWN)
+        run.end_epoch({**record, "seconds": time.time() - began}, *SHOWN)
         state = {
             "epoch": epoch + 1,
             "rotnet": net.state_dict(),  # clustering starts with its backbone
@@ -559,8 +560,23 @@ def pretrain(run, backbone, loader, view, learn, baselines, args):
     run.save_backbone("rotnet.pt", "rotnet", backbone, loader)
 
 
+def load_model(run, device):
+    """What clusters images as a finished run did, see assign_folder."""
+    backbone, saved = load_backbone(run)[0], load_file(run / "clustering.pt")["classifier"]
+    net = Network(backbone, len(list(saved.values())[-1]), len(saved) // 2).to(device)
+    net.classifier.load_state_dict(saved)
+
+    def decide(z):
+        probability, clusters = net.classifier(z).softmax(1).max(1, keepdim=True)
+        return 1 - probability, clusters
+
+    return net.features, lambda z: z, decide
+
+
 def main():
     args = options()
+    if args.assign:
+        return assign_folder(args, load_model)
     device = setup(args.device)
     data, where = load(args)
     learn = len(where.get(args.train_on, data))  # the first so many
@@ -568,7 +584,8 @@ def main():
         error(f"{learn} images to learn from: too few for --k, --batch-size or --pretrain-batch-size")
 
     torch.manual_seed(args.seed)  # the same initial weights on all processes
-    backbone = make_backbone(args, data)
+    kind = {"dropout": 0.0, "pool": True, "norm": True, "pool_shortcuts": True}
+    backbone = make_mlp(len(data.mean)) if args.arch == "mlp" else make_backbone(args, len(data.mean), **kind)
     net = to_device(Network(backbone, args.k, args.classifier_layers), device)
     frozen = first_stages(backbone.net, args.freeze_stages)
     how, steps = (args.image_size, args.center_fraction, device, args.workers), learn // args.batch_size
@@ -577,7 +594,7 @@ def main():
     if args.pad:
         view = PaddedView(args.image_size, center=args.center_fraction, flip=0.5 * args.flip, pad=args.pad)
     view = loader.center if args.arch == "mlp" else view
-    print_once(f"{data}, {learn} of them to learn from, {steps} steps an epoch, on {device}")
+    print_once(f"{data}, K = {args.k}, {learn} of them to learn from, {steps} steps an epoch, on {device}")
 
     run = Run("lsdc", args, data, may_change={"recipe"})
     if run.finished:
@@ -585,15 +602,15 @@ def main():
     state, given = run.state or {}, (loader, learn, where, args)
     baselines = state.get("baselines", {})
     if not state and len(data) <= 100_000:
-        random = Backbone(**backbone.meta, dropout=0.0) if args.backbone else copy.deepcopy(backbone)
+        random = Backbone(**backbone.meta, dropout=0.0) if args.init else copy.deepcopy(backbone)
         random = fill_batch_norm(to_device(random, device), loader, torch.arange(min(256, len(data))))
         baselines["random network"] = kmeans_scores(nn.Sequential(random, nn.ReLU()), *given)
         baselines["pixels"] = kmeans_scores(pixel_net(args.image_size), *given)
     if args.pretrain_epochs and "net" not in state:
         rotnet_loader = Loader(data, args.pretrain_batch_size, *how)
         pretrain(run, backbone, rotnet_loader, view, learn, baselines, args)
-    if (args.pretrain_epochs or args.backbone) and "net" not in state:
-        baselines["pretrained network"] = kmeans_scores(net.features, *given)
+    if (args.pretrain_epochs or args.init) and "net" not in state:
+        baselines["RotNet" if args.pretrain_epochs else args.start] = kmeans_scores(net.features, *given)
 
     nn.ModuleList(frozen).requires_grad_(False)
     net.still = frozen if args.freeze_bn else []
@@ -614,7 +631,7 @@ def main():
         optimizer.param_groups[0]["lr"] = lr
         weight = args.consistency * ramp(number, args.ramp_up)
         order, rng = torch.randperm(learn, generator=gen), np.random.default_rng(gen.initial_seed())
-        record = {"epoch": number + 1, "phase": "lsdc", "lr": lr, "weight": weight}
+        record = {"epoch": number + 1, "epochs": args.epochs, "phase": "lsdc", "lr": lr, "weight": weight}
         batches = loader.train(order, [view] * 3)
         meter = Meter(f"epoch {number + 1}/{args.epochs}", steps * loader.b)
         record |= train(trained, optimizer, batches, data.labels[:learn].to(device), weight, rng, meter, args)
@@ -622,7 +639,7 @@ def main():
             before, (assign, _, found) = assign, evaluate(net, loader, where, args)
             record |= {**found, **found["scores"].get("test", found["scores"].get("train", {}))}
             record |= {} if before is None else {"nmi_previous": nmi(before, assign)}
-        run.log({**record, "seconds": time.time() - began}, *SHOWN)
+        run.end_epoch({**record, "seconds": time.time() - began}, *SHOWN)
         if number == 0 and args.k > 1 and not 0.03 / args.k < record["positive"] < 1.5 / args.k:
             print_once(f"WARNING: with labels about {1 / args.k:.1%} would be positive; see --labeling")
         state = {
@@ -641,7 +658,7 @@ def finish(run, net, loader, where, baselines, args):
     """Cluster all center crops, score them, write and print what the run leaves behind."""
     data, (assign, top, found) = loader.data, evaluate(net, loader, where, args)
     save_file(run.out / "clustering.pt", {"classifier": net.classifier.state_dict()})
-    save_clusters(run.out, loader, assign, 1 - top, picture=args.arch != "mlp")  # most confident first
+    save_clusters(run.out, loader, assign, 1 - top, args.k, args.arch != "mlp")  # most confident first
     result = {**found, "baselines": baselines}
     if 0 < len(data.classes) * args.k <= 10_000:
         table, class_of = confusion(data, assign, args.k, data.without_unreadable(data.labels) >= 0)
