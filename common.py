@@ -82,8 +82,8 @@ def make_parser(description, trains=True):
     g.add_argument("--amp", action=yes_no, default=True, help="train in bf16 autocast on GPUs that compute in it; without: float32, convolutions in TF32")
     g.add_argument("--compile", action=yes_no, default=False, help="torch.compile the network")
     g.add_argument("--workers", type=number(int, 0), default=workers, help="processes that decode files, for each training process")
-    p.set_defaults(sobel=False)
     if trains:
+        p.set_defaults(sobel=False)
         g.add_argument("--init", metavar="FILE", help="start from the weights of a run folder, a backbone.pt, a checkpoint with torchvision's names or the DeepCluster or CoKe authors'; imagenet: torchvision's, learnt with labels")
         g.add_argument("--assign", metavar="FOLDER", help="no training: clusters of these images by the finished run in --out, as assignments-FOLDER.csv in it")
     # fmt: on

@@ -51,6 +51,7 @@ Departs from the papers and their code, on purpose:
 """
 
 import copy
+import csv
 import json
 import math
 import time
@@ -65,6 +66,7 @@ from common import (  # isort: skip
     print_once, read_backbone, seed_epoch, setup, shard, to_device, what_runs,
 )  # fmt: skip
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -101,9 +103,9 @@ AREAS = {"resnet": 0.2, "imagenet": 0.08, "cifar": 0.3}  # --crops -> smallest s
 
 def options(argv=None):
     """The command line as a namespace."""
-    p = make_parser("Linear probes on every stage of a frozen network, and kNN; or fine-tuning")
+    p = make_parser("Linear probes on every stage of a frozen network, and kNN; or fine-tuning", trains=False)
     # fmt: off
-    p.add_argument("run", nargs="?", help="run folder or backbone.pt to evaluate; else --random or --pixels")
+    p.add_argument("run", nargs="?", help="run folder, backbone.pt or others' checkpoint (see --init of the methods) to evaluate, imagenet-resnet50 for torchvision's; else --random or --pixels")
     g = p.add_argument_group("evaluation")
     g.add_argument("--random", metavar="ARCH", choices=ARCHS, help=f"a random network, the one from which deepcluster.py starts with this --seed; with --finetune the supervised row: {', '.join(ARCHS)}")
     g.add_argument("--pixels", action="store_true", help="no network: kNN and a probe of the images themselves")
@@ -111,6 +113,7 @@ def options(argv=None):
     g.add_argument("--finetune", action="store_true", help="train all layers, the new last one at 10 times the rate, for each pair of --lr and --wd [CoKe, supplementary 2.3]")
     g.add_argument("--knn", action=YesNo, default=True, help="nearest neighbors, K = 1 and weighted 200, among center crops of the training images; not with --finetune")
     g.add_argument("--knn-only", action="store_true", help="no probes")
+    g.add_argument("--features", metavar="FILE", help="evaluate nothing, but write what is known of all images into an .npz: features (N, D), labels, clusters (-1: none), images (file names), split")
     g.add_argument("--ten-crops", action=YesNo, help="test on corners and center, flipped and not, too; None: if training crops are random and flipped, for a classifier that saw no such images fails on them; not with --finetune")
     g.add_argument("--held-out", type=number(float, 0, 0.99), help="share of the training images that choose: weight decay and best epoch, with --finetune learning rate and weight decay")
     g.add_argument("--fill-batch-norm", action=YesNo, default=True, help="with --random: batch-norm statistics of 256 training images, not 0 and 1; --finetune makes its own")
@@ -159,7 +162,8 @@ def options(argv=None):
         p.error("several --lr, and --compile, go with --finetune")
     if not args.held_out and max(len(args.wd), len(args.lr)) > 1:
         p.error("--held-out 0 leaves nothing to choose by: give one --wd and one --lr")
-    run = Path(args.run or f"runs/eval-{args.random or 'pixels'}-{Path(data).resolve().name}")
+    run = Path(args.run or args.random or "pixels")
+    run = run if run.exists() else Path(f"runs/eval-{run}-{Path(data).resolve().name}")
     args.out = args.out or str(run.parent if run.is_file() else run)
     seen = args.crops != "center" and args.flip and not args.finetune
     args.ten_crops, args.meta = seen if args.ten_crops is None else args.ten_crops, meta
@@ -207,6 +211,28 @@ def load_splits(args, device):
     fifth = max(1, len(train) // 5)
     print_once(f"{args.data} has no val/ or test/: {fifth} of its {len(train)} images are the test set")
     return train, order[fifth:], train, order[:fifth]
+
+
+def write_features(args, device):
+    """--features: last features of center crops with what else is known of the images, those to train on first."""
+    normalize, found, clusters = [args.meta.get(name) for name in ("mean", "std")], [], {}
+    if (path := Path(args.run or "", "assignments.csv")).is_file():
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            clusters = {name: int(c) for name, c in list(csv.reader(file))[1:] if c != "unreadable"}
+    parts = load_data(args.data, args.root, args.run and normalize)
+    net = to_device(make_network(args, len(parts[0].mean))[0], device)
+    for split, data, first in zip(("train", "test"), filter(None, parts), (0, len(parts[0])), strict=False):
+        n = len(data)
+        how = args.batch_size, args.image_size, args.center_fraction, device, args.workers, False
+        rows = all_gather(extract(net, Loader(data, *how), torch.arange(*shard(n)))).cpu()
+        images = data.paths or [str(i) for i in range(first, first + n)]
+        labels = torch.full((n,), -1) if data.labels is None else data.labels
+        found.append({"features": rows, "labels": labels, "images": images, "split": [split] * n})
+        found[-1]["clusters"] = [clusters.get(name, -1) for name in images]
+    found = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    if is_main():
+        np.savez(args.features, **found)
+    print_once(f"{args.features}: {', '.join(f'{name} {x.shape}' for name, x in found.items())}")
 
 
 def labels_of(data, index):
@@ -470,6 +496,8 @@ def table(linear, held_out, on_test, ten, args):
 def main():
     args = options()
     device, began = setup(args.device), time.time()
+    if args.features:
+        return write_features(args, device)
     kind = "knn" if args.knn_only else args.protocol
     name = Path(args.data).resolve().name + f"-{kind}" * (kind != "deepcluster")
     path = Path(args.out) / f"eval_linear-{name}.json"
