@@ -403,22 +403,21 @@ def test_recipes_are_the_papers_and_flags_override():
     """Supplementary 2.1 and the code's numbers for folders, 2.4 for CIFAR; what hangs on the image size follows it."""
     names = "arch k epochs batch_size lr wd optimizer momentum warmup_epochs ratio dual_lr label_weight"
     want = ["resnet50", [3000, 4000, 5000], 1000, 1024, 1.6, 1e-6, "lars", 0.9, 10, 0.4, 20, 0.2]
-    assert values("some/folder", names) == want
+    assert values("x --recipe imagenet", names) == want
     want = ["resnet18", list(range(20, 201, 20)), 400, 128, 0.2, 1e-4, "sgd", 0.9, 10, 0.9, 0.1, 0.2]
     assert values("cifar100-20", names) == want
     names = "temperature predictor_weight dim projector_layers init_epochs image_size center_fraction crop_area flip blur"
-    assert values("x", names) == [0.05, 0.5, 128, 3, 1, 224, 0.875, 0.08, True, True]
+    assert values("x --recipe imagenet", names) == [0.05, 0.5, 128, 3, 1, 224, 0.875, 0.08, True, True]
     names = "epochs temperature first_stage label_size label_temperature out"
-    assert values("x --views 1", names) == [1000, 0.1, 0.8, 5, 0.5, "runs/coke-x-1"]
-    assert values("x --views multi", names) == [800, 0.05, 1, 5, 0.5, "runs/coke-x-multi"]
-    assert values("x --views multi", "local_crops local_size local_weight") == [6, 96, 0.5]
+    assert values("x --recipe imagenet --views 1", names) == [1000, 0.1, 0.8, 5, 0.5, "runs/coke-x-1"]
+    assert values("x --recipe imagenet --views multi", names) == [800, 0.05, 1, 5, 0.5, "runs/coke-x-multi"]
+    assert values("x --recipe imagenet --views multi", "local_crops local_size local_weight") == [6, 96, 0.5]
     assert values("digits --views multi --image-size 20", "local_size epochs") == [20, 30]
     assert values("x --recipe digits --k 7 7 --flip", "k flip arch") == [[7, 7], True, "lenet5"]
     for recipe, views in [(recipe, views) for recipe in RECIPES for views in ("1", "2", "multi")]:
         if recipe.endswith(("-1", "-multi")):
             continue  # taken with --views alone
-        args = vars(options(["--data", "x", "--recipe", recipe, "--views", views]))
-        assert [name for name, value in args.items() if value is None] == ["head"]
+        assert jobs.unset(options(["--data", "x", "--recipe", recipe, "--views", views])) == {"head"}
 
 
 IMPOSSIBLE = """--head 30 --k 10 20|--k 10 0|--ratio 1.1|--temperature 0|--batch-size 1|--views 3
@@ -498,7 +497,7 @@ def test_log_files_and_words_of_a_run(whole, flags):
         assert r["smallest"] == r["heads"][0]["smallest"] <= 128 <= r["largest"]
     assert records[-1]["test"] == last["result"]["heads"][0]["test"]
     shown = [line for line in lines if line.startswith("epoch")]
-    assert len(shown) == 4 and max(map(len, shown)) <= 100 and all("bound 115.2" in x for x in shown)
+    assert len(shown) == 4 and all("bound 115.2" in x for x in shown)
     names = ".lock log.jsonl checkpoint.pt checkpoint.prev.pt backbone.pt clustering.pt clusters.png assignments.csv"
     assert {p.name for p in job.run.iterdir()} == set(names.split()) and job.err == ""
     scores = [last["result"]["heads"][0]["test"], *last["baselines"].values()]

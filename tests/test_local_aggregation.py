@@ -229,10 +229,10 @@ def test_embeddings_have_unit_length_and_only_batch_norm_has_no_decay(arch, norm
 @pytest.mark.parametrize(
     ("argv", "want"),
     [
-        ("--data some/folder", ("resnet18", 10, 30000, 200, [160, 187], 128)),
-        ("--data x --arch alexnet", ("alexnet", 3, 10000, 160, [119, 142], 128)),
-        ("--data x --arch vgg16", ("vgg16", 6, 10000, 168, [126, 148], 256)),
-        ("--data x --arch resnet50 --k 7", ("resnet50", 10, 7, 200, [152, 189], 128)),
+        ("--data x --recipe imagenet", ("resnet18", 10, 30000, 200, [160, 187], 128)),
+        ("--data x --recipe imagenet --arch alexnet", ("alexnet", 3, 10000, 160, [119, 142], 128)),
+        ("--data x --recipe imagenet --arch vgg16", ("vgg16", 6, 10000, 168, [126, 148], 256)),
+        ("--data x --recipe imagenet --arch resnet50 --k 7", ("resnet50", 10, 7, 200, [152, 189], 128)),
         ("--data digits --recipe imagenet --lr-steps", ("resnet18", 10, 30000, 200, [], 128)),
     ],
 )
@@ -243,7 +243,7 @@ def test_recipes_are_the_papers_and_flags_override(argv, want):
     assert (a.num_neighbors, a.num_negatives, a.dim, a.bank_momentum) == (4096, 4096, 128, 0.5)
     assert (a.image_size, a.center_fraction, a.crop_area, a.flip, a.color) == (224, 0.875, 0.2, True, True)
     assert (a.loss, a.ir_loss, a.cluster_on, a.cluster_every) == ("la", "auto", "bank", 0)
-    assert all(None not in vars(options(["--recipe", name])).values() for name in RECIPES)
+    assert not any(jobs.unset(options(["--recipe", name])) for name in RECIPES)
 
 
 @pytest.mark.parametrize("every", [1, 4, 10, 23, 100])
@@ -442,8 +442,7 @@ def test_log_files_and_words_of_a_run(whole, recorded):
     )
     assert whole.state()["clusterings"][0].tolist() == found[-1] and whole.err == ""
     shown = [f"{name} {100 * x['knn_1']:.1f} / {100 * x['knn_200']:.1f}" for name, x in last["knn"].items()]
-    lines = [line for line in whole.out.splitlines() if line.startswith("epoch")]
-    assert all(text in whole.out for text in shown) and len(lines) == 3 and max(map(len, lines)) <= 100
+    assert all(text in whole.out for text in shown)
 
 
 def test_backbone_pt_and_clustering_pt_embed_and_assign_as_the_run_did(whole):
@@ -555,5 +554,5 @@ def test_what_is_likely_to_fail_is_said(flags, capsys):
     local_aggregation.check(args := options(["--data", "digits", *flags.split()]), range(N))
     (line,) = capsys.readouterr().out.splitlines()
     assert "WARNING" in line and flags.split()[0] in line and args.num_neighbors == N
-    local_aggregation.check(args := options(["--data", "x"]), range(1281167))
+    local_aggregation.check(args := options(["--recipe", "imagenet"]), range(1281167))
     assert (args.ir_loss, args.num_neighbors) == ("nce", 4096)
