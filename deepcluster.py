@@ -397,11 +397,8 @@ def main():
         head.load_state_dict(run.state["head"])
 
     for epoch in range(done, args.epochs):
-        began, gen, record = (
-            time.time(),
-            seed_epoch(args.seed, epoch),
-            {"epoch": epoch + 1, "epochs": args.epochs},
-        )
+        began, gen = time.time(), seed_epoch(args.seed, epoch)
+        record = {"epoch": epoch + 1, "epochs": args.epochs}
         halted = 0 < args.halt_clustering <= epoch
         recluster = epoch % args.reassign == 0 and not halted
         if recluster:
