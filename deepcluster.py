@@ -422,7 +422,7 @@ def main():
         batches, targets = loader.train(order, [view]), assign_all.to(device)
         record["loss"] = train(compiled, head, optimizer, batches, targets, weights.to(device), meter, args)
         record |= {"uniform": math.log(k), "seconds": time.time() - began}
-        run.end_epoch(record, "epoch", "loss", "uniform", "nmi_previous", "nmi_labels", "clusters", "seconds")
+        run.end_epoch(record, "epoch", "loss", "uniform", "nmi_previous", "nmi_labels", "clusters")
         state = {
             "epoch": epoch + 1,
             "k": k,
