@@ -365,6 +365,20 @@ def look_at(folder):
     return len(paths), int(np.median(sides)) if sides else 0
 
 
+def folder_recipe(n, side, views, init):
+    """What the methods' recipes for a folder of n images have in common, and n: LeNet-5 at 64 pixels, from 10,000 images on
+    ResNet-18 at 128, as from --init, but no more than the images' shorter `side`; at least 30 steps an epoch or a batch
+    of 16; as many epochs as see `views` images, 20 to 300, with --init a tenth. {} if 100,000 or no folder."""
+    if not 0 < n < 100_000:
+        return {}
+    large = init or n >= 10_000
+    batch = 2 ** int(math.log2(max(16, min(256, n / 30))))
+    epochs = max(20, min(300, views // n)) // (10 if init else 1)
+    size = 128 if init else min(128 if large else 64, side)
+    found = {"arch": "resnet18" if large else "lenet5", "image_size": size, "center_fraction": 0.875}
+    return {**found, "batch_size": batch, "epochs": epochs}
+
+
 def list_images(folder, root, seen, left_out):
     """Yield the paths of the images below a folder, by name; other files are added to the list left_out.
 
@@ -1228,8 +1242,8 @@ def init_defaults(known):
         return {"start": "random network", "normalize": None}
     meta = read_backbone(known.init, known.arch)["meta"]
     found = {"arch": meta["arch"], "sobel": meta["sobel"], "normalize": [meta["mean"], meta["std"]]}
-    if not meta["arch"].startswith("resnet"):
-        found["image_size"] = meta["image_size"]  # what linear layers take
+    if not meta["arch"].startswith("resnet") or meta["image_size"] <= 64:
+        found["image_size"] = meta["image_size"]  # what linear layers take, and the 3x3 stem
     return {**found, "start": f"{meta['method']} initialization"}
 
 
