@@ -62,7 +62,7 @@ from pathlib import Path
 
 from common import (  # isort: skip
     ARCHS, Loader, Meter, Run, View, all_gather, all_reduce_sum, assign_folder, autocast, check_finite, cluster_sizes,
-    error, extract, fill_batch_norm, generator, init_defaults, is_main, kmeans, label_scores, load_backbone, load_data,
+    error, extract, fill_batch_norm, folder_recipe, generator, init_defaults, is_main, kmeans, label_scores, load_backbone, load_data,
     load_file, look_at, make_backbone, make_parser, nearest, nmi, number, parallel, pixel_net, print_once,
     read_backbone, save_clusters, save_file, seed_epoch, setup, shard, to_device,
 )  # fmt: skip
@@ -106,12 +106,15 @@ RECIPES = {
 
 
 def photos(n, side, init):
-    """The recipe of a folder of n images of this shorter side; `init`: the network is trained already. Ours."""
-    batch = min(256, max(16, 2 ** int(math.log2(n / 30))))
-    return {
-        **CIFAR, "arch": "lenet5", "k": [10, 20, 40], "epochs": min(200, max(10, 60_000 // n)), "warmup_epochs": 2,
-        "batch_size": batch, "lr": 0.1 * batch / 64, "image_size": min(64, side), "center_fraction": 0.875,
-    }  # fmt: skip
+    """The recipe of a folder, ours: see folder_recipe; up to 10, 20 and 40 clusters, if of ten images; {}: the paper's."""
+    shared = folder_recipe(n, side, 100_000, init)
+    small = {
+        "k": [k for k in (10, 20, 40) if 10 * k <= n] or [2],
+        "warmup_epochs": shared.get("epochs", 0) // 20,
+    }
+    small |= {"lr": max(64, shared.get("batch_size", 0)) / 64 * (0.01 if init else 0.1), "temperature": 0.1}
+    small |= {"dual_lr": 0.3, "label_weight": 0.5, "projector_layers": 2, "local_area": [0.1, 0.5]}
+    return {**CIFAR, **small, **shared} if shared else {}
 
 
 def options(argv=None):
@@ -156,13 +159,13 @@ def options(argv=None):
     g.add_argument("--projector-layers", type=number(int, 1, 16), help="linear layers between network and embedding: 3; in the paper's ablations 2 [supplementary 2.1]")
     # fmt: on
     known, _ = p.parse_known_args(argv)
-    base, seen = known.recipe or known.data, look_at(known.data)
-    base = base if base in RECIPES else "imagenet"
+    base = known.recipe or (known.data if known.data in RECIPES else "imagenet")
     first_stage, temperature = (0.8, 0.1) if known.views == "1" else (1.0, 0.05)
     p.set_defaults(first_stage=first_stage, temperature=temperature)
     p.set_defaults(**RECIPES[base] | RECIPES.get(f"{base}-{known.views}", {}))
-    if not known.recipe and 0 < seen[0] < 100_000:
-        p.set_defaults(**photos(*seen, known.init))
+    p.set_defaults(
+        **({} if known.recipe or known.data in RECIPES else photos(*look_at(known.data), known.init))
+    )
     p.set_defaults(**init_defaults(known))
     p.add_argument("-h", "--help", action="help", help="show this, with the defaults of --data or --recipe")
     args = p.parse_args(argv)

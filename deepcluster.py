@@ -46,7 +46,7 @@ from pathlib import Path
 
 from common import (  # isort: skip
     ARCHS, Loader, Meter, Run, View, all_gather, all_reduce_sum, assign_folder, autocast, baselines, check_finite,
-    cluster_sizes, error, extract, generator, he_init, init_defaults, is_main, kmeans, label_scores, load_backbone,
+    cluster_sizes, error, extract, folder_recipe, generator, he_init, init_defaults, is_main, kmeans, label_scores, load_backbone,
     load_data, load_file, look_at, make_backbone, make_parser, nearest, nmi, number, parallel, print_once, save_clusters,
     save_file, seed_epoch, setup, shard, to_device,
 )  # fmt: skip
@@ -86,15 +86,13 @@ RECIPES = {
 
 
 def photos(n, side, init):
-    """The recipe of a folder of n images of this shorter side; `init`: the network is trained already. Ours."""
-    if n == 0 or n >= 100_000:
-        return RECIPES["imagenet"]
-    size = min(64, side)
-    batch = min(256, max(16, 2 ** int(math.log2(n / 30))))
-    return {
-        **CARON, "arch": "lenet5", "sobel": False, "k": max(2, n // 10), "pca": min(60, n // 10), "image_size": size,
-        "batch_size": batch, "epochs": min(100, max(10, 60_000 // n)), "crop_area": 0.3,
-    }  # fmt: skip
+    """The recipe of a folder, ours: see folder_recipe; clusters of ten images on average; from 100,000 on the paper's."""
+    shared, small = (
+        folder_recipe(n, side, 60_000, init),
+        {"sobel": False, "resnet_head": "pool", "crop_area": 0.3},
+    )
+    small |= {"k": max(2, n // 10), "pca": 60, "lr": 0.01 if init else 0.1, **shared}
+    return {**CARON, **small} if shared else RECIPES["imagenet"]
 
 
 def options(argv=None):
@@ -116,7 +114,7 @@ def options(argv=None):
     g.add_argument("--flip", action=YesNo, default=True, help="flip half of the training images horizontally [3.4]")
     g.add_argument("--dropout", type=number(float, 0, 0.99), default=0.5, help="before the hidden linear layers of the AlexNets and ResNet B, between those of vgg16; none in lenet5 [3.4]")
     g.add_argument("--sobel", action=YesNo, help="filter images by Sobel's operator, without color [3.4]")
-    g.add_argument("--resnet-head", choices=["A", "B"], help="A: K-way layer on the flattened map; B: two 4096 layers before it; None: B for resnet18, A for resnet50 [Local Aggregation, supplementary 2.2]")
+    g.add_argument("--resnet-head", choices=["A", "B", "pool"], help="A: K-way layer on the flattened map; B: two 4096 layers before it; None: B for resnet18, A for resnet50 [Local Aggregation, supplementary 2.2]; pool: on the averaged map")
     g = p.add_argument_group("DeepCluster")
     g.add_argument("--k", type=number(int, 1), help="clusters; some over-clustering helps [4.1]; not used by pic")
     g.add_argument("--clustering", choices=["kmeans", "pic"], default="kmeans", help="pic: power iteration clustering, which finds K itself [1, supplementary]")
@@ -148,10 +146,10 @@ def make_encoder(args, channels):
     """(backbone, encoder): images (B, C, S, S) -> the features (B, D) that are clustered.
 
     alexnet, vgg16, lenet5: the last hidden linear layer before its ReLU; encoder and backbone are one.
-    ResNet A: the flattened last map; ResNet B: two linear layers of 4096 on top of it.
+    ResNet A: the flattened last map, "pool": averaged; ResNet B: two linear layers of 4096 on top of A.
     """
-    backbone = make_backbone(args, channels, dropout=args.dropout)
-    if not args.arch.startswith("resnet") or args.resnet_head == "A":
+    backbone = make_backbone(args, channels, dropout=args.dropout, pool=args.resnet_head == "pool")
+    if not args.arch.startswith("resnet") or args.resnet_head != "B":
         return backbone, backbone
     if args.arch == "resnet50":
         print_once("WARNING: ResNet-50 with head B becomes trivial [Local Aggregation, supplementary 2.2]")

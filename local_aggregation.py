@@ -53,7 +53,7 @@ from pathlib import Path
 
 from common import (  # isort: skip
     ARCHS, Loader, Meter, Run, View, all_gather, all_reduce_sum, assign_folder, autocast, baselines, cluster_sizes,
-    error, extract, fill_batch_norm, generator, init_defaults, kmeans, knn_accuracy, label_scores, load_backbone,
+    error, extract, fill_batch_norm, folder_recipe, generator, init_defaults, kmeans, knn_accuracy, label_scores, load_backbone,
     load_data, load_file, look_at, make_backbone, make_parser, nearest, nmi, number, parallel, pixel_net, print_once,
     read_backbone, save_clusters, save_file, seed_epoch, setup, shard, to_device,
 )  # fmt: skip
@@ -89,13 +89,17 @@ EXACT, NEGATIVES = 2**17, 4096  # images up to which the softmax over the whole 
 
 
 def photos(n, side, init):
-    """The recipe of a folder of n images of this shorter side; `init`: the network is trained already. Ours."""
-    epochs = min(200, max(10, 100_000 // n))
-    return {
-        **IMAGENET, "arch": "lenet5", "image_size": min(64, side), "epochs": epochs, "lr_steps": [epochs * 8 // 10],
-        "ir_epochs": epochs // 2, "k": max(2, n // 50), "clusterings": 3, "num_neighbors": max(2, n // 5),
-        "batch_size": min(128, max(16, 2 ** int(math.log2(n / 30)))),
-    }  # fmt: skip
+    """The recipe of a folder, ours: see folder_recipe; clusters of 50 images on average; {} for the paper's."""
+    shared = folder_recipe(n, side, 120_000, init)
+    epochs = shared.get("epochs", 0)
+    small = {
+        "ir_epochs": epochs // 2,
+        "lr_steps": [epochs * 4 // 5],
+        "clusterings": 3,
+        "lr": 0.003 if init else 0.03,
+    }
+    small |= {"k": max(2, n // 50), "num_neighbors": min(4096, max(2, n // 5))}
+    return {**IMAGENET, **small, **shared} if shared else {}
 
 
 def options(argv=None):
@@ -132,12 +136,11 @@ def options(argv=None):
     g.add_argument("--num-negatives", type=count, default=NEGATIVES, help="m: images that nce takes for others, for each image; far fewer than there are [Wu et al.]")
     # fmt: on
     known, _ = p.parse_known_args(argv)
-    base, seen = known.recipe or known.data, look_at(known.data)
-    if base not in RECIPES and 0 < seen[0] < 100_000:
-        p.set_defaults(**photos(*seen, known.init))
-    else:
-        base = base if base in RECIPES else "imagenet"
-        p.set_defaults(**RECIPES.get(f"{base}-{known.arch}", RECIPES[base]))
+    base = known.recipe or (known.data if known.data in RECIPES else "imagenet")
+    p.set_defaults(**RECIPES.get(f"{base}-{known.arch}", RECIPES[base]))
+    p.set_defaults(
+        **({} if known.recipe or known.data in RECIPES else photos(*look_at(known.data), known.init))
+    )
     p.set_defaults(**init_defaults(known))
     p.add_argument("-h", "--help", action="help", help="show this, with the defaults of --data or --recipe")
     args = p.parse_args(argv)

@@ -50,7 +50,7 @@ from pathlib import Path
 
 from common import (  # isort: skip
     ARCHS, Backbone, Images, Loader, Meter, Run, View, all_gather, all_reduce_sum, assign_folder, autocast, center_crop,
-    cluster_sizes, draw, error, extract, fill_batch_norm, generator, init_defaults, is_main, kmeans, label_scores,
+    cluster_sizes, draw, error, extract, fill_batch_norm, folder_recipe, generator, init_defaults, is_main, kmeans, label_scores,
     load_backbone, load_data, load_file, look_at, make_backbone, make_parser, nearest, nmi, number, parallel, pixel_net,
     print_once, save_clusters, save_file, seed_epoch, setup, shard, to_device,
 )  # fmt: skip
@@ -100,14 +100,27 @@ CONFIDENT = 0.9  # a prediction above this probability [supplementary 2]
 
 
 def photos(n, side, init):
-    """The recipe of a folder of n images of this shorter side; `init`: the network is trained already. Ours."""
-    epochs, batch = min(100, max(10, 60_000 // max(1, n))), min(256, max(32, n // 10))
-    return {
-        **PAPER, "arch": "lenet5", "epochs": epochs, "lr_steps": [epochs * 2 // 3], "ramp_up": epochs // 2,
-        "batch_size": batch, "num_neighbors": batch // 20, "image_size": max(1, min(64, side)), "center_fraction": 0.875,
-        "pad": 0, "train_on": "train", "freeze_stages": 0, "lr": 0.05, "pretrain_epochs": epochs,
-        "pretrain_lr_steps": [epochs // 2, epochs * 3 // 4], "pretrain_batch_size": 32,
-    }  # fmt: skip
+    """The recipe of a folder, ours: see folder_recipe; 10 clusters, half of which a batch has as neighbors; from 100,000
+    images on, and without a folder, that of stl10."""
+    shared = folder_recipe(n, side, 40_000, init) or {"batch_size": 64, "epochs": 20}
+    epochs, batch = shared["epochs"], min(256, 4 * shared["batch_size"], max(2, n))
+    small = {
+        "lr_steps": [epochs * 2 // 3],
+        "ramp_up": epochs // 2,
+        "num_neighbors": max(1, batch // 20),
+        "pad": 0,
+    }
+    small |= {
+        "lr": 0.01 if init else 0.05,
+        "freeze_stages": 0,
+        "train_on": "train",
+        "pretrain_epochs": epochs,
+    }
+    small |= {
+        "pretrain_lr_steps": [epochs // 2, epochs * 3 // 4],
+        "pretrain_batch_size": shared["batch_size"],
+    }
+    return {**RECIPES["stl10"], **PAPER, **small, **shared, "batch_size": batch}
 
 
 def options(argv=None):
