@@ -61,10 +61,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from common import (  # isort: skip
-    ARCHS, Loader, Meter, Run, View, all_gather, all_reduce_sum, assign_folder, autocast, check_finite, cluster_sizes,
-    error, extract, fill_batch_norm, folder_recipe, generator, init_defaults, is_main, kmeans, label_scores, load_backbone, load_data,
-    load_file, look_at, make_backbone, make_parser, nearest, nmi, number, parallel, pixel_net, print_once,
-    read_backbone, save_clusters, save_file, seed_epoch, setup, shard, to_device,
+    ARCHS, Loader, Meter, Run, View, all_gather, all_reduce_sum, assign_folder, autocast, check_finite,
+    cluster_sizes, error, extract, fill_batch_norm, folder_recipe, generator, init_defaults, is_main, kmeans,
+    label_scores, load_backbone, load_data, load_file, look_at, make_backbone, make_parser, nearest, nmi,
+    number, parallel, pixel_net, print_once, read_backbone, save_clusters, save_file, seed_epoch, setup,
+    shard, to_device,
 )  # fmt: skip
 
 import torch
@@ -107,7 +108,7 @@ RECIPES = {
 
 def photos(n, side, init):
     """The recipe of a folder, ours: see folder_recipe; up to 10, 20 and 40 clusters, if of ten images; {}: the paper's."""
-    shared = folder_recipe(n, side, 100_000, init)
+    shared = folder_recipe(n, side, 60_000, init)
     small = {
         "k": [k for k in (10, 20, 40) if 10 * k <= n] or [2],
         "warmup_epochs": shared.get("epochs", 0) // 20,

@@ -16,6 +16,7 @@ import argparse
 import csv
 import fcntl
 import hashlib
+import io
 import json
 import math
 import pickle
@@ -982,8 +983,9 @@ class Meter:
     def __init__(self, title, total):
         self.steps, self.losses, self.shown, self.world = 0, 0, time.time(), rank_and_world()[1]
         self.terminal = is_main() and sys.stderr.isatty()
-        file = sys.stderr if self.terminal else open(os.devnull, "w")  # noqa: SIM115
-        self.bar = tqdm(total=total * self.world, desc=title, unit=" images", leave=False, file=file)
+        file = sys.stderr if self.terminal else io.StringIO()
+        more = {"leave": False, "file": file, "mininterval": 0.1 if self.terminal else 60}
+        self.bar = tqdm(total=total * self.world, desc=title, unit=" images", **more)
 
     def add(self, n, loss=None):
         """n more images are done; loss: their mean, a tensor."""
@@ -1327,9 +1329,9 @@ def draw_clusters(path, loader, assign, distance, rows=10, columns=10):
 
 def main_class(data, members):
     """["NAME 83 %"], the most frequent class of the images `members`; [] without labels."""
-    if data.labels is None or data.labels[members].max() < 0:
+    labels = members[:0] if data.labels is None else data.labels[members]
+    if not len(labels := labels[labels >= 0]):
         return []
-    counts = torch.bincount(data.labels[members].clamp(min=0))
-    best = int(counts.argmax())
+    best = int(labels.mode().values)
     name = data.classes[best] if data.classes[best].isascii() else best  # what every font has
-    return [f"{name} {counts[best] / len(members):.0%}"]
+    return [f"{name} {(labels == best).double().mean():.0%}"]

@@ -45,10 +45,10 @@ from argparse import BooleanOptionalAction as YesNo
 from pathlib import Path
 
 from common import (  # isort: skip
-    ARCHS, Loader, Meter, Run, View, all_gather, all_reduce_sum, assign_folder, autocast, baselines, check_finite,
-    cluster_sizes, error, extract, folder_recipe, generator, he_init, init_defaults, is_main, kmeans, label_scores, load_backbone,
-    load_data, load_file, look_at, make_backbone, make_parser, nearest, nmi, number, parallel, print_once, save_clusters,
-    save_file, seed_epoch, setup, shard, to_device,
+    ARCHS, Loader, Meter, Run, View, all_gather, all_reduce_sum, assign_folder, autocast, baselines,
+    check_finite, cluster_sizes, error, extract, folder_recipe, generator, he_init, init_defaults, is_main,
+    kmeans, label_scores, load_backbone, load_data, load_file, look_at, make_backbone, make_parser, nearest,
+    nmi, number, parallel, print_once, save_clusters, save_file, seed_epoch, setup, shard, to_device,
 )  # fmt: skip
 
 import numpy as np

@@ -52,10 +52,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from common import (  # isort: skip
-    ARCHS, Loader, Meter, Run, View, all_gather, all_reduce_sum, assign_folder, autocast, baselines, cluster_sizes,
-    error, extract, fill_batch_norm, folder_recipe, generator, init_defaults, kmeans, knn_accuracy, label_scores, load_backbone,
-    load_data, load_file, look_at, make_backbone, make_parser, nearest, nmi, number, parallel, pixel_net, print_once,
-    read_backbone, save_clusters, save_file, seed_epoch, setup, shard, to_device,
+    ARCHS, Loader, Meter, Run, View, all_gather, all_reduce_sum, assign_folder, autocast, baselines,
+    cluster_sizes, error, extract, fill_batch_norm, folder_recipe, generator, init_defaults, kmeans,
+    knn_accuracy, label_scores, load_backbone, load_data, load_file, look_at, make_backbone, make_parser,
+    nearest, nmi, number, parallel, pixel_net, print_once, read_backbone, save_clusters, save_file,
+    seed_epoch, setup, shard, to_device,
 )  # fmt: skip
 
 import torch
@@ -90,7 +91,7 @@ EXACT, NEGATIVES = 2**17, 4096  # images up to which the softmax over the whole 
 
 def photos(n, side, init):
     """The recipe of a folder, ours: see folder_recipe; clusters of 50 images on average; {} for the paper's."""
-    shared = folder_recipe(n, side, 120_000, init)
+    shared = folder_recipe(n, side, 60_000, init)
     epochs = shared.get("epochs", 0)
     small = {
         "ir_epochs": epochs // 2,

@@ -49,10 +49,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from common import (  # isort: skip
-    ARCHS, Backbone, Images, Loader, Meter, Run, View, all_gather, all_reduce_sum, assign_folder, autocast, center_crop,
-    cluster_sizes, draw, error, extract, fill_batch_norm, folder_recipe, generator, init_defaults, is_main, kmeans, label_scores,
-    load_backbone, load_data, load_file, look_at, make_backbone, make_parser, nearest, nmi, number, parallel, pixel_net,
-    print_once, save_clusters, save_file, seed_epoch, setup, shard, to_device,
+    ARCHS, Backbone, Images, Loader, Meter, Run, View, all_gather, all_reduce_sum, assign_folder, autocast,
+    center_crop, cluster_sizes, draw, error, extract, fill_batch_norm, folder_recipe, generator,
+    init_defaults, is_main, kmeans, label_scores, load_backbone, load_data, load_file, look_at, make_backbone,
+    make_parser, nearest, nmi, number, parallel, pixel_net, print_once, read_backbone, save_clusters,
+    save_file, seed_epoch, setup, shard, to_device,
 )  # fmt: skip
 
 import numpy as np
@@ -102,7 +103,7 @@ CONFIDENT = 0.9  # a prediction above this probability [supplementary 2]
 def photos(n, side, init):
     """The recipe of a folder, ours: see folder_recipe; 10 clusters, half of which a batch has as neighbors; from 100,000
     images on, and without a folder, that of stl10."""
-    shared = folder_recipe(n, side, 40_000, init) or {"batch_size": 64, "epochs": 20}
+    shared = folder_recipe(n, side, 25_000, init) or {"batch_size": 64, "epochs": 20}
     epochs, batch = shared["epochs"], min(256, 4 * shared["batch_size"], max(2, n))
     small = {
         "lr_steps": [epochs * 2 // 3],
@@ -575,6 +576,8 @@ def pretrain(run, backbone, loader, view, learn, baselines, args):
 
 def load_model(run, device):
     """What clusters images as a finished run did, see assign_folder."""
+    if read_backbone(run)["meta"]["arch"] == "mlp":
+        error(f"{run} clusters vectors: --assign is for images")
     backbone, saved = load_backbone(run)[0], load_file(run / "clustering.pt")["classifier"]
     net = Network(backbone, len(list(saved.values())[-1]), len(saved) // 2).to(device)
     net.classifier.load_state_dict(saved)
