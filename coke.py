@@ -22,7 +22,7 @@ T --temperature, a --label-weight, b --predictor-weight.
 
     python coke.py                                             laptop: digits, no download, no GPU
     python coke.py --views 1                                   one view; --views multi: two and local crops
-    python coke.py --data my/photos --recipe photos            some thousand images; else a folder has ImageNet's
+    python coke.py --data my/photos                            a folder of images, no labels needed
     torchrun --nproc_per_node=8 coke.py --data data/imagenet   the paper's run with two views
 
 What to expect: digits, a minute on a CPU, ACC / NMI / ARI of test images 92.4 / 88.8 / 84.8 % (seeds 0 to 4: ACC
@@ -31,6 +31,7 @@ What to expect: digits, a minute on a CPU, ACC / NMI / ARI of test images 92.4 /
 more epochs or images. The bound, 127 images in each of 10 clusters, may be missed by some sqrt(2 N) (Theorem 1): the
 smallest has 124 to 133 in the last epoch, with --ratio 0 61 to 111, and ACC is 84.2. Which images end up together is
 decided early; rounding changes it by points. Stopped at any time, the same command goes on after the last epoch.
+A folder of N images has K = 10, 20, 40 as far as N / K >= 10, and the rest by folder_recipe of common.py.
 
 Departs from the paper and the authors' code, on purpose:
  1. The first clustering pass is --init-epochs, before the paper's epochs, and trains nothing (the code: rate 0).

@@ -13,13 +13,15 @@ Symbols: N images, B batch (--batch-size, over all processes), D feature size, P
 
     python deepcluster.py                                            laptop: digits, no download, no GPU
     python deepcluster.py --data fashionmnist                        Deep Dive, 10 minutes on 2 cores
-    python deepcluster.py --data my/photos --k 100 --arch resnet18   a folder of images, no labels needed
+    python deepcluster.py --data my/photos                           a folder of images, no labels needed
+    python deepcluster.py --data my/photos --init imagenet           a few hundred of them: from trained weights
     torchrun --nproc_per_node=8 deepcluster.py --data data/imagenet --arch vgg16 --k 10000   the paper's run
 
 What to expect: on digits, NMI of clusters and labels goes from 0.65 (random network) to 0.73 in 40 epochs, 20 s on
 2 cores; k-means on the pixels reaches 0.73, too. The loss leaves ln K after the first few epochs; staying there,
 nothing is learnt. Collapse: one cluster holds most images, NMI to the previous epoch goes to 0 or jumps to 1.
-Stopped at any time, the same command goes on after the last epoch.
+Stopped at any time, the same command goes on after the last epoch. A folder of N images has K = N / 10 and the rest by
+folder_recipe of common.py.
 
 Departs from the paper and its code, on purpose:
  1. Images are drawn uniformly over clusters as the paper says, for 500 epochs; the released code has 200, and its

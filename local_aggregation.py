@@ -18,13 +18,14 @@ in each (--k, the paper's m), k --num-neighbors, m --num-negatives of NCE, tau -
 
     python local_aggregation.py                            laptop: digits, no download, no GPU
     python local_aggregation.py --loss ir                  the baseline: instance recognition alone
-    python local_aggregation.py --data my/photos --k 100   some 5,000 images, no labels needed
+    python local_aggregation.py --data my/photos           a folder of images, no labels needed
     torchrun --nproc_per_node=8 local_aggregation.py --data data/imagenet --arch vgg16   a run of the paper
 
 What to expect: on digits, 30 s on 2 cores, the nearest neighbor tells the class of 98 % of the test images by their
 center crops (instance recognition alone 92, random network 93; pixels 99), of 96 to 97 % in the memory bank (91).
 Rounding moves these numbers by a point. The loss falls below "uniform", that of equal similarities, within ten epochs.
-Collapse: one cluster holds most images. Stopped at any time, the same command goes on after the last epoch.
+Collapse: one cluster holds most images. Stopped at any time, the same command goes on after the last epoch. A folder of N
+images has K = N / 50, k = N / 5, half of its epochs for instance recognition, and the rest by folder_recipe of common.py.
 
 Departs from the papers and their code, on purpose:
  1. Instance recognition is exact up to 131,072 images, NCE beyond (the code: NCE always; --ir-loss nce). NCE needs
