@@ -387,7 +387,9 @@ def main():
         bank = F.normalize(torch.randn(len(data), args.dim, generator=generator(args.seed, "bank")))
         random = copy.deepcopy(net)
         random = random if args.init else fill_batch_norm(random, loader, torch.arange(min(256, len(data))))
-        random = eval_loader and knn(random, loader, eval_loader)
+        random = cluster_crops(random, loader, args)[2] | (
+            knn(random, loader, eval_loader) if eval_loader else {}
+        )
     bank, zero = bank.to(device), torch.zeros(1, dtype=torch.int64, device=device)
     trained = parallel(torch.compile(net) if args.compile else net)
 
@@ -424,29 +426,39 @@ def main():
             "optimizer": optimizer.state_dict(),
             "bank": bank,  # (N, D)
             "clusterings": clusterings,  # (H, N), None in the epochs of instance recognition
-            "random": random,  # kNN of the random network
+            "random": random,  # scores of the random network
         }
         run.save(state, net.backbone, loader, embedding=net.embedding.state_dict())
     finish(run, net, loader, eval_loader, bank, random, args)
     torch.distributed.destroy_process_group()
 
 
-def finish(run, net, loader, eval_loader, bank, random, args):
-    """Cluster the embeddings of center crops once; write and print what the run leaves behind."""
-    data, gen = loader.data, generator(args.seed, "final")
-    assign, distance, centroids, objective = kmeans(embed(net, loader), args.k, gen)
+def cluster_crops(net, loader, args):
+    """Cluster the embeddings of center crops once: (N,) clusters and squared distances, their scores, and what assigns
+    a new image."""
+    data = loader.data
+    assign, distance, centroids, objective = kmeans(embed(net, loader), args.k, generator(args.seed, "final"))
     assign, distance = all_gather(assign).cpu(), all_gather(distance).cpu()
-    save_file(run.out / "clustering.pt", {"centroids": centroids, "objective": objective})
+    scores = label_scores(data.labels, assign, data.unreadable)
+    return assign, distance, scores, {"centroids": centroids, "objective": objective}
+
+
+def finish(run, net, loader, eval_loader, bank, random, args):
+    """Write and print what the run leaves behind."""
+    assign, distance, scores, model = cluster_crops(net, loader, args)
+    save_file(run.out / "clustering.pt", model)
     save_clusters(run.out, loader, assign, distance, args.k)
-    result = {**cluster_sizes(assign, args.k), **label_scores(data.labels, assign, data.unreadable)}
-    others, found = baselines(loader, args.k, gen), {}
+    others, found = {args.start: random, **baselines(loader, args.k, generator(args.seed, "baselines"))}, {}
     if eval_loader:
         found = {"center crops": knn(net, loader, eval_loader), args.start: random}
         found["memory bank"] = knn(net, loader, eval_loader, bank)
-        found |= {"pixels": knn(pixel_net(args.image_size), loader, eval_loader)} if others else {}
+        found |= {"pixels": knn(pixel_net(args.image_size), loader, eval_loader)} if "pixels" in others else {}
         words = [f"{name} {100 * x['knn_1']:.1f} / {100 * x['knn_200']:.1f}" for name, x in found.items()]
         print_once(f"kNN of test images in %, K = 1 / 200: {', '.join(words)}")
-    run.log({"result": result, "knn": found, "baselines": others})
+    run.log({"result": {**cluster_sizes(assign, args.k), **scores}, "knn": found, "baselines": others})
+    if scores:
+        words = [f"{name} {x['nmi_labels']:.3f}" for name, x in others.items()]
+        print_once(f"NMI of clusters and labels: {scores['nmi_labels']:.3f}; {', '.join(words)}")
     print_once(f"which image is in which cluster: {run.out}/assignments.csv and clusters.png")
 
 
