@@ -1270,7 +1270,7 @@ def save_clusters(out, loader, assign, distance, k=None, picture=True, name=""):
         shuffled = assign_known[torch.randperm(len(labels), generator=generator("shuffled"))]
         ours, chance = nmi(labels, assign_known), nmi(labels, shuffled)
         if len(labels) and ours < chance + 0.01:
-            print(f"WARNING: NMI with the labels, {ours:.3f}, is that of a random assignment, {chance:.3f}")
+            print(f"WARNING: NMI with the labels {ours:.3f}, random {chance:.3f}: more --epochs, or --init")
     if picture:
         draw(draw_clusters, out / f"clusters{name}.png", loader, assign, distance)
 
