@@ -659,11 +659,13 @@ def test_odd_data_runs_and_every_number_is_finite(run, odd):
 def test_digits_are_learnt(run):
     flags = "--image-size 16 --epochs 40 --score-every 40 --mix none"
     flags += " --batch-size 128 --num-neighbors 5 --wd 0.0005 --lr-steps 28 36 --ramp-up 15 --out run"
-    first, *records, last = run(flags).log()
+    job = run(flags)
+    first, *records, last = job.log()
     reached, random = last["result"]["scores"]["test"], last["result"]["baselines"]["random network"]["test"]
     assert reached["acc_labels"] > max(0.72, random["acc_labels"] + 0.15)
     assert records[-1]["purity"] > records[0]["purity"] + 0.1
     assert records[-1]["loss_pairs"] < records[0]["loss_pairs"] < 1.05 * records[0]["uniform"]
+    assert "WARNING" not in job.out
 
 
 MISTAKES = {  # arguments: words of the message

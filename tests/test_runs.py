@@ -1,5 +1,6 @@
 """What the method scripts share, seen from outside: runs that end, die and go on, bad input, two processes."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ from collections import Counter
 
 import jobs
 import pytest
+import torch
 from jobs import ONE_THREAD, ROOT, assert_same, contents, epochs, one_error, read_assignments
 
 QUICK = {  # three epochs of the digits
@@ -28,6 +30,10 @@ SMALL = {  # two epochs of a folder of images
 CHANGED = {"deepcluster": ("--k 30", "k 20 -> 30"), "local_aggregation": ("--loss ir", "loss la -> ir")}
 CHANGED |= {"coke": ("--ratio 0.5", "ratio 0.9 -> 0.5"), "lsdc": ("--labeling sne", "labeling knn -> sne")}
 GROWING = {"deepcluster", "local_aggregation"}  # whose schedule does not hang on the number of epochs
+FIRST = {"deepcluster": "K = 20, 11", "local_aggregation": "K = 20, 11", "coke": "K = 10 20, 5"}
+FIRST |= {"lsdc": "K = 10, 1437 of them to learn from, 5"}  # clusters and steps of an epoch
+START = "--recipe digits --batch-size 256 --epochs 2 --out run"  # to take weights of another run
+OWN = {"local_aggregation": "--ir-epochs 1 --k 20 --num-neighbors 300", "coke": "--k 10 20 --warmup-epochs 1"}
 LEFT = {"log.jsonl", "checkpoint.pt", "checkpoint.prev.pt", "backbone.pt", "clustering.pt", "assignments.csv"}
 
 every = pytest.mark.parametrize("name", QUICK)
@@ -59,6 +65,29 @@ def test_a_run_leaves_its_files_and_short_lines(whole, name):
     assert len(re.findall(r"^epoch", job.out, re.MULTILINE)) == len(records)
     lines = re.sub(r"(epoch|clusters|smallest|largest|bound|seconds) \d+", r"\1 1000", job.out).splitlines()
     assert [line for line in lines if line.startswith("epoch") and len(line) > 100] == [], "a long run's wrap"
+    assert f"{FIRST[name]} steps an epoch" in lines[0]
+    phases = {record.get("phase") for record in epochs(records)}
+    assert len(re.findall(r"^about \d:\d\d:\d\d left$", job.out, re.MULTILINE)) == len(phases)
+
+
+@every
+def test_training_starts_from_the_weights_of_another_run(go, whole, name):
+    """Which stay what they are with a rate of 0, also normalized as they were; then nothing is learnt, and that is said."""
+    source = whole("coke" if name == "local_aggregation" else "local_aggregation")
+    saved = source.state("backbone.pt")
+    saved["meta"] |= {"mean": [0.25], "std": [0.125]}
+    torch.save(saved, source.folder / "other.pt")
+    job = go(name, f"{START} {OWN.get(name, '')} --lr 0 --init {source.folder}/other.pt")
+    after, method = job.state("backbone.pt"), saved["meta"]["method"]
+    kept = [k for k in saved["state_dict"] if not k.endswith(("mean", "var", "tracked"))]
+    assert len(kept) == 16 and all(torch.equal(after["state_dict"][k], saved["state_dict"][k]) for k in kept)
+    same = ("arch", "image_size", "norm", "mean", "std")
+    assert [after["meta"][k] for k in same] == ["lenet5", 16, True, [0.25], [0.125]]
+    assert f"{method} initialization" in job.out and f'"{method} initialization": {{' in json.dumps(
+        job.log()[-1]
+    )
+    said = job.out.count("WARNING: the loss is ")  # elsewhere centers and bank move without it
+    assert said == 2 or name in ("coke", "local_aggregation")
 
 
 @every
