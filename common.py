@@ -1282,7 +1282,12 @@ def assign_folder(args, load_model):
     load_model(run folder) -> (network, embed, decide): images -> features (B, D), embed: -> (B, P), decide: those of
     all images of this process -> distance, cluster (n, 1)."""
     out, device, meta = Path(args.out), setup(args.device), read_backbone(args.out)["meta"]
-    net, embed, decide = load_model(out, device)
+    if '"result"' not in (out / "log.jsonl").read_text().rpartition("\n{")[2]:
+        error(f"--out {out}: this run has not finished")
+    try:
+        net, embed, decide = load_model(out, device)
+    except (AttributeError, KeyError) as problem:  # of another method, or of vectors
+        error(f"--out {out} is no run by which this script could assign images (no {problem})")
     data, _ = load_data(args.assign, args.root, (meta["mean"], meta["std"]))
     how = meta["image_size"], meta["center_fraction"], device, args.workers
     loader = Loader(data, args.batch_size, *how, training=False)
