@@ -547,6 +547,9 @@ def test_degenerate_data_runs_warns_and_has_no_nan(run, places, data, more):
     assert not any("nmi_labels" in r for r in [*records, records[-1]["result"]])
     assert images == [str(p) for p in sorted((places / data).iterdir())]
     assert "--k 24" not in more or len(set(clusters)) == 24
+    if "pic" in more:
+        line = one_error(run("--assign PLACES/flat --out run", folder=job.folder, ok=False))
+        assert "power iteration clustering has no centroids" in line
 
 
 @pytest.mark.parametrize("world", [1, 2])

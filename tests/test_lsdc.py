@@ -651,6 +651,9 @@ def test_odd_data_runs_and_every_number_is_finite(run, odd):
         positive = {"--sne-threshold 1": 0, "--k 1 ": 1}  # nobody and everybody
         assert all(records[-1]["positive"] == want for word, want in positive.items() if word in arguments)
         assert job.err == "", job.err
+    assert "no run by" in one_error(
+        run("--assign PLACES/large --out run", folder=job.folder, ok=False)
+    )  # of vectors
     data, _ = lsdc.load(options(["--data", f"{odd}/vectors.npz"]))  # vectors come as they are
     ((_, x),) = common.Loader(data, 300, 1, 1.0, torch.device("cpu"), 0).test(torch.arange(300))
     torch.testing.assert_close(x[:, :, 0, 0].numpy(), np.load(odd / "vectors.npz")["features"])
