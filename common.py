@@ -1272,7 +1272,7 @@ def save_clusters(out, loader, assign, distance, k=None, picture=True, name=""):
         shuffled = assign_known[torch.randperm(len(labels), generator=generator("shuffled"))]
         ours, chance = nmi(labels, assign_known), nmi(labels, shuffled)
         if len(labels) and ours < chance + 0.01:
-            print(f"WARNING: NMI with the labels, {ours:.3f}, is that of a random assignment, {chance:.3f}")
+            print(f"WARNING: NMI with the labels {ours:.3f}, random {chance:.3f}: more --epochs, or --init")
     if picture:
         draw(draw_clusters, out / f"clusters{name}.png", loader, assign, distance)
 
@@ -1284,7 +1284,12 @@ def assign_folder(args, load_model):
     load_model(run folder) -> (network, embed, decide): images -> features (B, D), embed: -> (B, P), decide: those of
     all images of this process -> distance, cluster (n, 1)."""
     out, device, meta = Path(args.out), setup(args.device), read_backbone(args.out)["meta"]
-    net, embed, decide = load_model(out, device)
+    if '"result"' not in (out / "log.jsonl").read_text().rpartition("\n{")[2]:
+        error(f"--out {out}: this run has not finished")
+    try:
+        net, embed, decide = load_model(out, device)
+    except (AttributeError, KeyError) as problem:  # of another method, or of vectors
+        error(f"--out {out} is no run by which this script could assign images (no {problem})")
     data, _ = load_data(args.assign, args.root, (meta["mean"], meta["std"]))
     how = meta["image_size"], meta["center_fraction"], device, args.workers
     loader = Loader(data, args.batch_size, *how, training=False)

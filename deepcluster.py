@@ -352,11 +352,11 @@ def initial_alignment(args, data, loader, device):
 def load_model(run, device):
     """What clusters images as a finished run did, see assign_folder."""
     backbone, found = load_backbone(run)[0], load_file(run / "clustering.pt")
-    mean, axes, centroids = (
-        x if x is None else x.to(device) for x in map(found.get, ("mean", "axes", "centroids"))
-    )
-    if centroids is None:
+    if found["centroids"] is None:
         error(f"{run}: power iteration clustering has no centroids that could assign new images")
+    mean, axes, centroids = (
+        found[x] if found[x] is None else found[x].to(device) for x in ("mean", "axes", "centroids")
+    )
     net = nn.Sequential(backbone)
     if "hidden" in found:  # of ResNet B
         net.append(hidden_layers(backbone.dim, 0.0)).to(device)[1].load_state_dict(found["hidden"])

@@ -564,8 +564,10 @@ def test_odd_data_runs_and_every_number_is_finite(run, more):
 
 def test_digits_are_learnt(run):
     """A quarter of `python coke.py`: better than k-means on the random network; the bound holds within sqrt(2 N)."""
-    *_, record, last = run("--data digits --epochs 14 --k 10 30 --out run").log()
+    job = run("--data digits --epochs 14 --k 10 30 --out run")
+    *_, record, last = job.log()
     reached, others = last["result"]["heads"][0]["test"], last["baselines"]
     assert reached["acc_labels"] > max(0.72, others["random network"]["acc_labels"] + 0.08), (reached, others)
     assert record["nmi_previous"] > 0.8 and record["loss"] < record["uniform"] / 1.5
+    assert "WARNING" not in job.out
     assert record["smallest"] > record["bound"] - math.sqrt(2 * 1437) and record["heads"][1]["smallest"] > 0

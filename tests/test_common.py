@@ -653,6 +653,67 @@ def test_backbone_file_round_trip(arch, option, tmp_path):
     assert fed.items() <= meta.items() and meta["method"] == "test"
 
 
+def test_time_left_of_each_phase_and_a_loss_that_stays_at_that_of_a_uniform_prediction(tmp_path, capsys):
+    """By records of two phases; said again by a run that goes on; warned after a fifth of the epochs and at the end."""
+
+    def go(run, first, last, losses, phase="a", **more):
+        for epoch in range(first, last + 1):
+            record = {"epoch": epoch, "epochs": 11, "phase": phase, "seconds": 400.4, "loss": losses, **more}
+            run.end_epoch(record, "epoch", "loss")
+        return capsys.readouterr().out.splitlines()
+
+    run = new_run(tmp_path)
+    lines = go(run, 1, 4, 2.99, uniform=3.0)
+    assert [line for line in lines if not line.startswith("epoch")] == ["about 1:06:44 left", lines[4]]
+    assert "epoch 3" in lines[3] and all(
+        x in lines[4] for x in ("WARNING", "2.990", "3.000", "--lr", "--init")
+    )
+    assert sum("left" in line for line in go(run, 5, 6, 2.99, "b", uniform=3.0)) == 1
+    lines = go(new_run(tmp_path), 7, 11, 2.99, "b", uniform=3.0)
+    assert lines[1] == "about 0:26:42 left" and "WARNING" in lines[-1] and len(lines) == 7
+    assert not [x for x in go(run, 1, 11, 2.9, uniform=3.0) + go(run, 1, 11, 9.9) if "WARNING" in x]
+    assert read_log(run.log_path)[-1]["epochs"] == 11
+
+
+@pytest.mark.parametrize("kind", ["right", "gone", "random", "unreadable"])
+def test_clusters_that_are_gone_or_random_are_said(kind, tmp_path, capsys):
+    """Of 60 images in two classes; the table is written, also without labels."""
+    labels, data = torch.arange(60) % 2, toy(n=60)
+    assign = labels * 2 if kind == "gone" else torch.arange(60) // 2 % 2 if kind == "random" else labels
+    data.labels = labels if kind != "unreadable" else torch.full((60,), -1)
+    data.unreadable = {3} if kind == "unreadable" else set()
+    common.save_clusters(
+        tmp_path, Loader(data, 4, 32, 1.0, CPU, 0), assign, torch.zeros(60), 2 + (kind == "gone"), False
+    )
+    want = {"gone": "1 of 3 clusters", "random": "NMI"}
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == (kind in want) and all(
+        "WARNING" in x and want[kind] in x and "--" in x for x in lines
+    )
+    rows = (tmp_path / "assignments.csv").read_text().splitlines()
+    assert rows[4] == ("3,unreadable" if kind == "unreadable" else f"3,{int(assign[3])}") and len(rows) == 61
+
+
+def test_words_beside_a_row_of_pictures(tmp_path, monkeypatch):
+    """Number, size, the class that most are of; by number where no font has its name; nothing without labels."""
+    words, data = [], toy(n=10)
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda f, *a, **k: words.extend(x.get_ylabel() for x in f.axes)
+    )
+    assign, loader = torch.tensor([1, 1, 1, 1, 4, 4, 4, 0, -1, -1]), Loader(data, 4, 32, 1.0, CPU, 0)
+    data.labels, data.classes = torch.tensor([0, 2, 2, 2, 1, 1, 0, 0, 1, 1]), ["a b", "猫", "c$^"]
+    common.draw_clusters(tmp_path / "x.png", loader, assign, torch.zeros(10))
+    assert words == [
+        "cluster 1, 4 images\nc$^ 75%",
+        "cluster 4, 3 images\n1 67%",
+        "cluster 0, 1 images\na b 100%",
+    ]
+    for labels in (None, torch.full((10,), -1)):
+        data.labels = labels
+        common.draw_clusters(tmp_path / "x.png", loader, assign, torch.zeros(10), rows=2)
+        assert words[-2:] == ["cluster 1, 4 images", "cluster 0, 1 images"]  # the largest and the smallest
+
+
 def test_a_line_a_minute_without_a_terminal(monkeypatch, capsys):
     now = [1000.0]
     monkeypatch.setattr(common, "time", SimpleNamespace(time=lambda: now[0]))

@@ -547,6 +547,9 @@ def test_degenerate_data_runs_warns_and_has_no_nan(run, places, data, more):
     assert not any("nmi_labels" in r for r in [*records, records[-1]["result"]])
     assert images == [str(p) for p in sorted((places / data).iterdir())]
     assert "--k 24" not in more or len(set(clusters)) == 24
+    if "pic" in more:
+        line = one_error(run("--assign PLACES/flat --out run", folder=job.folder, ok=False))
+        assert "power iteration clustering has no centroids" in line
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -565,6 +568,9 @@ def test_the_defaults_learn(run):
     assert reached >= others["random network"] + 0.03 and reached >= others["chance"] + 0.5
     assert others["random network"] > 0.5  # a working start: the bar means something
     assert epochs(job.log())[-1]["loss"] < math.log(30) - 0.2
+    assert (
+        "WARNING" not in job.out.split("\nepoch 5 ")[1]
+    )  # the loss leaves ln K in the 5th of usually 40 epochs
 
 
 FEWER = "common.HIDDEN['alexnet-small'] = (32, 32)\n"  # not 5 million weights

@@ -651,6 +651,9 @@ def test_odd_data_runs_and_every_number_is_finite(run, odd):
         positive = {"--sne-threshold 1": 0, "--k 1 ": 1}  # nobody and everybody
         assert all(records[-1]["positive"] == want for word, want in positive.items() if word in arguments)
         assert job.err == "", job.err
+    assert "no run by" in one_error(
+        run("--assign PLACES/large --out run", folder=job.folder, ok=False)
+    )  # of vectors
     data, _ = lsdc.load(options(["--data", f"{odd}/vectors.npz"]))  # vectors come as they are
     ((_, x),) = common.Loader(data, 300, 1, 1.0, torch.device("cpu"), 0).test(torch.arange(300))
     torch.testing.assert_close(x[:, :, 0, 0].numpy(), np.load(odd / "vectors.npz")["features"])
@@ -659,11 +662,13 @@ def test_odd_data_runs_and_every_number_is_finite(run, odd):
 def test_digits_are_learnt(run):
     flags = "--image-size 16 --epochs 40 --score-every 40 --mix none"
     flags += " --batch-size 128 --num-neighbors 5 --wd 0.0005 --lr-steps 28 36 --ramp-up 15 --out run"
-    first, *records, last = run(flags).log()
+    job = run(flags)
+    first, *records, last = job.log()
     reached, random = last["result"]["scores"]["test"], last["result"]["baselines"]["random network"]["test"]
     assert reached["acc_labels"] > max(0.72, random["acc_labels"] + 0.15)
     assert records[-1]["purity"] > records[0]["purity"] + 0.1
     assert records[-1]["loss_pairs"] < records[0]["loss_pairs"] < 1.05 * records[0]["uniform"]
+    assert "WARNING" not in job.out
 
 
 MISTAKES = {  # arguments: words of the message
