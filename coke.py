@@ -64,7 +64,7 @@ from pathlib import Path
 from common import (  # isort: skip
     ARCHS, Loader, Meter, Run, View, all_gather, all_reduce_sum, assign_folder, autocast, check_finite,
     cluster_sizes, error, extract, fill_batch_norm, folder_recipe, generator, init_defaults, is_main, kmeans,
-    label_scores, load_backbone, load_data, load_file, look_at, make_backbone, make_parser, nearest, nmi,
+    label_scores, load_backbone, load_data, load_file, make_backbone, make_parser, nearest, nmi,
     number, parallel, pixel_net, print_once, read_backbone, save_clusters, save_file, seed_epoch, setup,
     shard, to_device,
 )  # fmt: skip
@@ -107,16 +107,16 @@ RECIPES = {
 }
 
 
-def photos(n, side, init):
-    """The recipe of a folder, ours: see folder_recipe; up to 10, 20 and 40 clusters, if of ten images; {}: the paper's."""
-    shared = folder_recipe(n, side, 60_000, init)
-    small = {
-        "k": [k for k in (10, 20, 40) if 10 * k <= n] or [2],
-        "warmup_epochs": shared.get("epochs", 0) // 20,
-    }
-    small |= {"lr": max(64, shared.get("batch_size", 0)) / 64 * (0.01 if init else 0.1), "temperature": 0.1}
-    small |= {"dual_lr": 0.3, "label_weight": 0.5, "projector_layers": 2, "local_area": [0.1, 0.5]}
-    return {**CIFAR, **small, **shared} if shared else {}
+def photos(known):
+    """The recipe of a folder, ours: see folder_recipe; {} where it is the paper's."""
+    n, shared = folder_recipe(known, 60_000)
+    if not n:
+        return {}
+    return {
+        **CIFAR, "k": [k for k in (10, 20, 40) if 10 * k <= n] or [2], "warmup_epochs": shared["epochs"] // 20,
+        "lr": max(64, shared["batch_size"]) / 64 * (0.01 if known.init else 0.1), "temperature": 0.1, "dual_lr": 0.3,
+        "label_weight": 0.5, "projector_layers": 2, "local_area": [0.1, 0.5], **shared,
+    }  # fmt: skip
 
 
 def options(argv=None):
@@ -165,9 +165,7 @@ def options(argv=None):
     first_stage, temperature = (0.8, 0.1) if known.views == "1" else (1.0, 0.05)
     p.set_defaults(first_stage=first_stage, temperature=temperature)
     p.set_defaults(**RECIPES[base] | RECIPES.get(f"{base}-{known.views}", {}))
-    p.set_defaults(
-        **({} if known.recipe or known.data in RECIPES else photos(*look_at(known.data), known.init))
-    )
+    p.set_defaults(**photos(known))
     p.set_defaults(**init_defaults(known))
     p.add_argument("-h", "--help", action="help", help="show this, with the defaults of --data or --recipe")
     args = p.parse_args(argv)
@@ -458,7 +456,9 @@ def check(args, data):
     if most > n:
         error(f"--k {most} is more than the {data}; try {max(1, n // 50)}")
     if n < 10 * most:
-        print_once(f"WARNING: --k {most} for {n} images is {n / most:.3g} in each; 30 or more are usual")
+        print_once(
+            f"WARNING: --k {most} for {n} images is {n / most:.3g} in each; try {max(2, n // 10)} or fewer"
+        )
     if args.warmup_epochs >= args.epochs:
         print_once(f"WARNING: --lr is never reached: {args.warmup_epochs} --warmup-epochs of {args.epochs}")
     args.head = args.head or (classes if classes in args.k else args.k[0])

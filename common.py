@@ -126,10 +126,18 @@ def setup(device="auto"):
     backend, own = ("cpu:gloo,cuda:nccl", device) if gpus else ("gloo", None)
     more = {"rank": rank, "world_size": world, "timeout": timedelta(minutes=10), "device_id": own}
     dist.init_process_group(backend, store=store, **more)
+    sys.excepthook = partial(interrupted, sys.excepthook)
     all_reduce_sum(
         torch.zeros(1)
-    )  # all are here: one that ends with an error leaves nobody who still connects
+    )  # from here on one that ends with an error leaves nobody who still connects
     return device
+
+
+def interrupted(otherwise, kind, problem, trace):
+    """Ctrl-C is no error: a line instead of a traceback."""
+    if kind is not KeyboardInterrupt:
+        return otherwise(kind, problem, trace)
+    print("stopped; the same command goes on after the last finished epoch", file=sys.stderr)
 
 
 def rank_and_world():
@@ -278,12 +286,23 @@ def load_data(name, root="data", normalize=None):
         train.mean = tuple(part.mean((0, 2, 3)).tolist())
         train.std = tuple(part.std((0, 2, 3)).clamp(min=1e-3).tolist())
     if normalize:
-        if len(normalize[0]) != len(train.mean):
-            error(f"{name} has {len(train.mean)} channel(s), the network sees {len(normalize[0])}")
+        for data in filter(None, (train, test)):
+            as_channels(data, len(normalize[0]))
         train.mean, train.std = map(tuple, normalize)
     if test:
         test.mean, test.std = train.mean, train.std
     return train, test
+
+
+def as_channels(data, wanted):
+    """Make the images gray, or gray ones three times the same, as a network wants; ends the run where they cannot be."""
+    channels = 3 if data.pixels is None else data.pixels.shape[1]
+    if channels == wanted:
+        return
+    if data.pixels is None or {channels, wanted} != {1, 3}:
+        error(f"{data.name} has {channels} channel(s), the network sees {wanted}")
+    gray = data.pixels if channels == 1 else luminance(data.pixels.float()).round().to(torch.uint8)
+    data.pixels = gray.expand(-1, wanted, -1, -1)  # no copy
 
 
 def load_set(name, root, split, download=False):
@@ -352,32 +371,30 @@ def load_folder(folder):
     return data, None
 
 
-def look_at(folder):
-    """(how many images a folder has to train on, counted up to 100,000; the usual shorter side of some in pixels), by
-    which recipes for folders go; (0, 0) if there is none."""
-    if not os.path.isdir(folder):
-        return 0, 0
-    parts = {entry.name.lower(): entry.path for entry in os.scandir(folder) if entry.is_dir()}
-    folder, sides = parts.get("train", folder), []
+def folder_recipe(known, views):
+    """How many images --data has to train on if it is a folder of fewer than 100,000 and no --recipe was named, else 0;
+    and what the methods' recipes for such folders have in common.
+
+    LeNet-5 at 64 pixels, from 10,000 images on ResNet-18 at 128, if the images' shorter side has as many; with --init
+    its network at 128. A batch of N / 30 images, 16 to 256 and a power of two, but no more than N. As many epochs as see
+    `views` images, 20 to 300; with --init a sixth, 5 to 50. What was typed stays.
+    """
+    if known.recipe or known.data in SETS or not os.path.isdir(known.data):
+        return 0, {}
+    parts = {entry.name.lower(): entry.path for entry in os.scandir(known.data) if entry.is_dir()}
+    folder, sides = parts.get("train", known.data), []
     paths = list(islice(list_images(folder, os.path.realpath(folder), set(), []), 100_000))
     for path in paths[:: len(paths) // 20 + 1]:
         with suppress(Exception), Image.open(path) as image:
             sides.append(min(image.size))
-    return len(paths), int(np.median(sides)) if sides else 0
-
-
-def folder_recipe(n, side, views, init):
-    """What the methods' recipes for a folder of n images have in common, and n: LeNet-5 at 64 pixels, from 10,000 images on
-    ResNet-18 at 128, as from --init, but no more than the images' shorter `side`; at least 30 steps an epoch or a batch
-    of 16; as many epochs as see `views` images, 20 to 300, with --init a tenth. {} if 100,000 or no folder."""
+    n, side = len(paths), int(np.median(sides)) if sides else 64
     if not 0 < n < 100_000:
-        return {}
-    large = init or n >= 10_000
-    batch = 2 ** int(math.log2(max(16, min(256, n / 30))))
-    epochs = max(20, min(300, views // n)) // (10 if init else 1)
-    size = 128 if init else min(128 if large else 64, side)
-    found = {"arch": "resnet18" if large else "lenet5", "image_size": size, "center_fraction": 0.875}
-    return {**found, "batch_size": batch, "epochs": epochs}
+        return 0, {}
+    found = {"arch": "resnet18" if known.init or n >= 10_000 else "lenet5", "center_fraction": 0.875}
+    found["image_size"] = 128 if known.init else min(64 if n < 10_000 else 128, side)
+    found["batch_size"] = known.batch_size or 2 ** int(math.log2(max(2, min(n, 256, max(16, n / 30)))))
+    found["epochs"] = max(5, min(50, views // n // 6)) if known.init else max(20, min(300, views // n))
+    return n, {**found, "epochs": known.epochs or found["epochs"]}
 
 
 def list_images(folder, root, seen, left_out):
@@ -471,6 +488,8 @@ class Loader:
         self.b, rest = divmod(batch_size, self.world)  # images of this process in a batch
         if rest:
             error(f"--batch-size {batch_size} is no multiple of the {self.world} processes")
+        if len(data) < self.world:
+            error(f"{data} are fewer than the {self.world} processes")
         if training and batch_size > len(data):
             error(f"--batch-size {batch_size} is more than the {data}")
         self.mean, self.std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in (data.mean, data.std))
@@ -1008,7 +1027,15 @@ class Meter:
         return mean
 
 
-MAY_CHANGE = {"data", "root", "out", "overwrite", "device", "workers"}  # from one start of a run to the next
+MAY_CHANGE = {
+    "data",
+    "root",
+    "out",
+    "overwrite",
+    "device",
+    "workers",
+    "assign",
+}  # from one start of a run to the next
 
 
 class Run:
@@ -1079,9 +1106,11 @@ class Run:
         whether the loss still is that of a uniform prediction."""
         epoch, epochs, uniform = record["epoch"], record["epochs"], record.get("uniform", math.inf)
         self.log(record, *shown)
-        if record.get("phase", "") != self.phase and epoch < epochs:
+        if record.get("phase", "") != self.phase and 0 < epoch < epochs:
             self.phase = record.get("phase", "")
-            print_once(f"about {timedelta(seconds=round(record['seconds'] * (epochs - epoch)))} left")
+            print_once(
+                f"about {timedelta(seconds=round(record['seconds'] * (epochs - epoch)))} left at this pace"
+            )
         if epoch in (math.ceil(epochs / 5), epochs) and record["loss"] > 0.98 * uniform:
             print_once(
                 f"WARNING: the loss is {record['loss']:.3f}, that of a uniform prediction {uniform:.3f}: nothing is "
@@ -1100,7 +1129,12 @@ class Run:
         """A file {"state_dict": torchvision's names, "meta": how to build and feed it, and whose it is}, and more."""
         data = loader.data
         meta = {**backbone.meta, "method": method, "center_fraction": loader.center.center}
-        meta |= {"data": data.name, "mean": list(data.mean), "std": list(data.std)}
+        meta |= {
+            "data": data.name,
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "start": self.config["start"],
+        }
         save_file(self.out / name, {"state_dict": backbone.net.state_dict(), "meta": meta, **more})
 
 
@@ -1168,14 +1202,19 @@ def read_backbone(path, arch=None):
     of "imagenet" or "imagenet-ARCH", torchvision's. Ends the run if it is none of these."""
     try:
         kind, _, name = str(path).partition("-")
-        if kind == "imagenet":
+        if kind == "imagenet" and not Path(path).exists():
             name = name or arch or "resnet18"
             if name not in ("resnet18", "resnet50", "vgg16"):
                 raise ValueError(f"torchvision has weights of resnet18, resnet50 and vgg16, not of {name}")
             weights = torchvision.models.get_model_weights(name.replace("vgg16", "vgg16_bn")).DEFAULT
-            return translate(weights.get_state_dict(progress=False))
+            try:
+                return translate(weights.get_state_dict(progress=False))
+            except OSError as problem:
+                error(
+                    f"--init {path}: no download ({problem}); fetch {weights.url} elsewhere, and --init that file"
+                )
         saved = load_file(f"{path}/backbone.pt" if Path(path).is_dir() else path)
-        return saved if "meta" in saved else translate(saved)
+        return saved if "arch" in saved.get("meta", ()) else translate(saved)
     except Exception as problem:
         why = " ".join(str(problem).split())[:300]
         error(f"{path} is no run folder with a backbone.pt, and no file of weights, or damaged ({why})")
@@ -1185,7 +1224,7 @@ def translate(saved):
     """Others' weights as a backbone.pt: torchvision's, and checkpoints that name weights as it does, behind prefixes:
     those of the authors of DeepCluster and CoKe, of MoCo, SwAV and DINO. Heads are left out; 1,000 outputs tell that
     there were labels, and two input channels a Sobel filter."""
-    state = saved.get("state_dict", saved)
+    names = state = saved.get("state_dict", saved)
     state = {name.replace("module.", ""): x for name, x in state.items()}
     for prefix in ("encoder_q.", "base_encoder.", "encoder.", "backbone."):
         if any(name.startswith(prefix) for name in state):
@@ -1196,7 +1235,7 @@ def translate(saved):
     first = state.get("conv1.weight", state.get("features.0.weight"))
     if first is None:
         raise ValueError(
-            f"no conv1.weight or features.0.weight among {', '.join(list(state)[:5]) or 'its names'}"
+            f"no conv1.weight or features.0.weight among {', '.join(list(names)[:5]) or 'its names'}"
         )
     arch = ("alexnet" if first.shape[2] == 11 else "vgg16") if "features.0.weight" in state else "resnet18"
     arch = "resnet50" if "layer1.0.conv3.weight" in state else arch
@@ -1233,6 +1272,7 @@ def make_backbone(args, channels, **kind):
     kind |= {"channels": channels, "image_size": args.image_size, "sobel": args.sobel}
     if not args.init:
         return Backbone(args.arch, **kind)
+    print_once(f"{args.start}: {args.init}")
     kind = {name: value for name, value in kind.items() if name not in ("norm", "pool_shortcuts")}
     return load_backbone(args.init, args.arch, **kind)[0].train()
 
@@ -1244,9 +1284,12 @@ def init_defaults(known):
         return {"start": "random network", "normalize": None}
     meta = read_backbone(known.init, known.arch)["meta"]
     found = {"arch": meta["arch"], "sobel": meta["sobel"], "normalize": [meta["mean"], meta["std"]]}
-    if not meta["arch"].startswith("resnet") or meta["image_size"] <= 64:
+    if not meta["arch"].startswith("resnet") or meta["image_size"] <= (
+        96 if meta.get("pool_shortcuts") else 64
+    ):
         found["image_size"] = meta["image_size"]  # what linear layers take, and the 3x3 stem
-    return {**found, "start": f"{meta['method']} initialization"}
+    supervised = "supervised" in meta["method"] + meta.get("start", "")
+    return {**found, "start": f"{'supervised' if supervised else meta['method']} initialization"}
 
 
 def save_clusters(out, loader, assign, distance, k=None, picture=True, name=""):
@@ -1264,6 +1307,9 @@ def save_clusters(out, loader, assign, distance, k=None, picture=True, name=""):
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([("image", "cluster"), *zip(names, clusters, strict=True)])
     known = assign >= 0
+    if k:
+        sizes = torch.bincount(assign[known], minlength=k)
+        print(f"{k} clusters of {sizes.min()} to {sizes.max()} images")
     if k and (empty := k - len(assign[known].unique())):
         print(f"WARNING: {empty} of {k} clusters have no image left: fewer --k, a smaller --lr, or --init")
     if k and loader.data.labels is not None:
@@ -1278,7 +1324,7 @@ def save_clusters(out, loader, assign, distance, k=None, picture=True, name=""):
 
 
 @torch.no_grad()
-def assign_folder(args, load_model):
+def assign_folder(args, load_model, load=load_data):
     """--assign: write the clusters of a folder's images by the finished run --out into assignments-FOLDER.csv there.
 
     load_model(run folder) -> (network, embed, decide): images -> features (B, D), embed: -> (B, P), decide: those of
@@ -1288,9 +1334,9 @@ def assign_folder(args, load_model):
         error(f"--out {out}: this run has not finished")
     try:
         net, embed, decide = load_model(out, device)
-    except (AttributeError, KeyError) as problem:  # of another method, or of vectors
+    except (AttributeError, KeyError, OSError) as problem:  # of another method, or of vectors
         error(f"--out {out} is no run by which this script could assign images (no {problem})")
-    data, _ = load_data(args.assign, args.root, (meta["mean"], meta["std"]))
+    data, _ = load(args.assign, args.root, (meta["mean"], meta["std"]))
     how = meta["image_size"], meta["center_fraction"], device, args.workers
     loader = Loader(data, args.batch_size, *how, training=False)
     found = decide(extract(net, loader, torch.arange(*shard(len(data))), embed))
@@ -1333,7 +1379,7 @@ def draw_clusters(path, loader, assign, distance, rows=10, columns=10):
 
 
 def main_class(data, members):
-    """["NAME 83 %"], the most frequent class of the images `members`; [] without labels."""
+    """["NAME 83%"], the most frequent class of the images `members`; [] without labels."""
     labels = members[:0] if data.labels is None else data.labels[members]
     if not len(labels := labels[labels >= 0]):
         return []

@@ -49,8 +49,8 @@ from pathlib import Path
 from common import (  # isort: skip
     ARCHS, Loader, Meter, Run, View, all_gather, all_reduce_sum, assign_folder, autocast, baselines,
     check_finite, cluster_sizes, error, extract, folder_recipe, generator, he_init, init_defaults, is_main,
-    kmeans, label_scores, load_backbone, load_data, load_file, look_at, make_backbone, make_parser, nearest,
-    nmi, number, parallel, print_once, save_clusters, save_file, seed_epoch, setup, shard, to_device,
+    kmeans, label_scores, load_backbone, load_data, load_file, make_backbone, make_parser, nearest, nmi,
+    number, parallel, print_once, save_clusters, save_file, seed_epoch, setup, shard, to_device,
 )  # fmt: skip
 
 import numpy as np
@@ -87,14 +87,15 @@ RECIPES = {
 }  # fmt: skip
 
 
-def photos(n, side, init):
-    """The recipe of a folder, ours: see folder_recipe; clusters of ten images on average; from 100,000 on the paper's."""
-    shared, small = (
-        folder_recipe(n, side, 60_000, init),
-        {"sobel": False, "resnet_head": "pool", "crop_area": 0.3},
-    )
-    small |= {"k": max(2, n // 10), "pca": 60, "lr": 0.01 if init else 0.1, **shared}
-    return {**CARON, **small} if shared else RECIPES["imagenet"]
+def photos(known):
+    """The recipe of a folder, ours: see folder_recipe; from 100,000 images on the paper's."""
+    n, shared = folder_recipe(known, 60_000)
+    if not n:
+        return RECIPES["imagenet"]
+    return {
+        **CARON, "sobel": False, "resnet_head": "pool", "crop_area": 0.3, "k": max(2, n // 10), "pca": 60,
+        "lr": 0.01 if known.init else 0.1, **shared,
+    }  # fmt: skip
 
 
 def options(argv=None):
@@ -130,7 +131,7 @@ def options(argv=None):
     known, _ = p.parse_known_args(argv)
     names = (known.recipe, f"{known.data}-{known.arch}", known.data)
     recipes = [RECIPES[name] for name in names if name in RECIPES]
-    p.set_defaults(**(recipes or [photos(*look_at(known.data), known.init)])[0])
+    p.set_defaults(**(recipes or [photos(known)])[0])
     p.set_defaults(**init_defaults(known))
     p.add_argument("-h", "--help", action="help", help="show this, with the defaults of --data or --recipe")
     args = p.parse_args(argv)

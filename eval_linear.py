@@ -163,8 +163,9 @@ def options(argv=None):
     if not args.held_out and max(len(args.wd), len(args.lr)) > 1:
         p.error("--held-out 0 leaves nothing to choose by: give one --wd and one --lr")
     run = Path(args.run or args.random or "pixels")
-    run = run if run.exists() else Path(f"runs/eval-{run}-{Path(data).resolve().name}")
-    args.out = args.out or str(run.parent if run.is_file() else run)
+    run = run.parent if run.name == "backbone.pt" else run  # others' files have no folder of their own
+    run = run if run.is_dir() else Path(f"runs/eval-{run.stem}-{Path(data).resolve().name}")
+    args.out = args.out or str(run)
     seen = args.crops != "center" and args.flip and not args.finetune
     args.ten_crops, args.meta = seen if args.ten_crops is None else args.ten_crops, meta
     return args
@@ -194,17 +195,11 @@ def make_network(args, channels):
 
 def load_splits(args, device):
     """(images to train on, their positions, images to test on, their positions), fed as the network was trained."""
-    train, test = load_data(args.data, args.root)
+    train, test = load_data(args.data, args.root, normalization(args))
     for data in filter(None, (train, test)):
         if data.labels is None:
             error(f"--data {args.data} has no labels, and a classifier needs them: one sub-folder per class")
-        data.labels, channels = data.labels.to(device), 3 if data.pixels is None else data.pixels.shape[1]
-        if args.run:
-            data.mean, data.std = tuple(args.meta["mean"]), tuple(args.meta["std"])
-            if channels == 1 and args.meta["channels"] == 3:
-                data.pixels = data.pixels.expand(-1, 3, -1, -1)  # gray three times, no copy
-            elif channels != (seen := args.meta["channels"]):
-                error(f"the network sees {seen} channel(s), --data {args.data} has {channels}")
+        data.labels = data.labels.to(device)
     if test:
         return train, torch.arange(len(train)), test, torch.arange(len(test))
     order = torch.randperm(len(train), generator=generator("test split"))
@@ -213,26 +208,35 @@ def load_splits(args, device):
     return train, order[fifth:], train, order[:fifth]
 
 
+def normalization(args):
+    """(mean, std) by which the trained network was fed, or None."""
+    return (args.meta["mean"], args.meta["std"]) if args.run else None
+
+
 def write_features(args, device):
     """--features: last features of center crops with what else is known of the images, those to train on first."""
-    normalize, found, clusters = [args.meta.get(name) for name in ("mean", "std")], [], {}
+    parts, found, clusters = list(filter(None, load_data(args.data, args.root, normalization(args)))), [], []
     if (path := Path(args.run or "", "assignments.csv")).is_file():
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            clusters = {name: int(c) for name, c in list(csv.reader(file))[1:] if c != "unreadable"}
-    parts = load_data(args.data, args.root, args.run and normalize)
+            clusters = [(Path(name).name, cluster) for name, cluster in csv.reader(file)][1:]
     net = to_device(make_network(args, len(parts[0].mean))[0], device)
-    for split, data, first in zip(("train", "test"), filter(None, parts), (0, len(parts[0])), strict=False):
+    for split, data, first in zip(("train", "test"), parts, (0, len(parts[0])), strict=False):
         n = len(data)
         how = args.batch_size, args.image_size, args.center_fraction, device, args.workers, False
         rows = all_gather(extract(net, Loader(data, *how), torch.arange(*shard(n)))).cpu()
         images = data.paths or [str(i) for i in range(first, first + n)]
         labels = torch.full((n,), -1) if data.labels is None else data.labels
-        found.append({"features": rows, "labels": labels, "images": images, "split": [split] * n})
-        found[-1]["clusters"] = [clusters.get(name, -1) for name in images]
+        known = dict(enumerate(clusters[first:]))  # an image's by its place, if its name is there, too
+        known = [c if Path(images[i]).name == name else "" for i, (name, c) in sorted(known.items())[:n]]
+        ids = [int(c) if c.isdecimal() else -1 for c in [*known, *[""] * (n - len(known))]]
+        found.append(
+            {"features": rows, "labels": labels, "clusters": ids, "images": images, "split": [split] * n}
+        )
     found = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     if is_main():
         np.savez(args.features, **found)
     print_once(f"{args.features}: {', '.join(f'{name} {x.shape}' for name, x in found.items())}")
+    torch.distributed.destroy_process_group()
 
 
 def labels_of(data, index):
@@ -424,7 +428,7 @@ def write(path, result=None):
         if is_main():
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(result, indent=1) + "\n")
-            temporary.replace(path if result else temporary)
+            temporary.replace(path) if result else temporary.unlink()
     except OSError as problem:
         error(f"--out {path.parent}: cannot write there ({problem.strerror})")
 
@@ -514,7 +518,9 @@ def main():
     loader, test = (Loader(x, args.batch_size, *feeding) for x in (data, test_data))
     ten = Loader(test_data, test.world * max(1, test.b // 10), *feeding)
     ten.center = TenCrops(args.image_size, center=args.center_fraction)
-    row = args.run or "raw pixels: the lowest row"
+    start = args.meta.get("start", "random network")
+    row = f"{args.run}, {args.meta['method']}" + f" from {start}" * (start != "random network")
+    row = row if args.run else "raw pixels: the lowest row"
     if args.random:
         row = "supervised: the upper row" if args.finetune else "random weights: what training has to beat"
     images = {"train": len(fit), "held_out": len(held), "test": len(asked)}

@@ -55,7 +55,7 @@ from pathlib import Path
 from common import (  # isort: skip
     ARCHS, Loader, Meter, Run, View, all_gather, all_reduce_sum, assign_folder, autocast, baselines,
     cluster_sizes, error, extract, fill_batch_norm, folder_recipe, generator, init_defaults, kmeans,
-    knn_accuracy, label_scores, load_backbone, load_data, load_file, look_at, make_backbone, make_parser,
+    knn_accuracy, label_scores, load_backbone, load_data, load_file, make_backbone, make_parser,
     nearest, nmi, number, parallel, pixel_net, print_once, read_backbone, save_clusters, save_file,
     seed_epoch, setup, shard, to_device,
 )  # fmt: skip
@@ -90,18 +90,16 @@ RECIPES = {
 EXACT, NEGATIVES = 2**17, 4096  # images up to which the softmax over the whole bank is taken; --num-negatives
 
 
-def photos(n, side, init):
-    """The recipe of a folder, ours: see folder_recipe; clusters of 50 images on average; {} for the paper's."""
-    shared = folder_recipe(n, side, 60_000, init)
-    epochs = shared.get("epochs", 0)
-    small = {
-        "ir_epochs": epochs // 2,
-        "lr_steps": [epochs * 4 // 5],
-        "clusterings": 3,
-        "lr": 0.003 if init else 0.03,
-    }
-    small |= {"k": max(2, n // 50), "num_neighbors": min(4096, max(2, n // 5))}
-    return {**IMAGENET, **small, **shared} if shared else {}
+def photos(known):
+    """The recipe of a folder, ours: see folder_recipe; {} where it is the paper's."""
+    n, shared = folder_recipe(known, 60_000)
+    if not n:
+        return {}
+    return {
+        **IMAGENET, "k": max(2, n // 50), "clusterings": 3, "num_neighbors": min(4096, max(2, n // 5)),
+        "ir_epochs": shared["epochs"] // 2, "lr_steps": [max(1, shared["epochs"] * 4 // 5)],
+        "lr": 0.003 if known.init else 0.03, **shared,
+    }  # fmt: skip
 
 
 def options(argv=None):
@@ -140,9 +138,7 @@ def options(argv=None):
     known, _ = p.parse_known_args(argv)
     base = known.recipe or (known.data if known.data in RECIPES else "imagenet")
     p.set_defaults(**RECIPES.get(f"{base}-{known.arch}", RECIPES[base]))
-    p.set_defaults(
-        **({} if known.recipe or known.data in RECIPES else photos(*look_at(known.data), known.init))
-    )
+    p.set_defaults(**photos(known))
     p.set_defaults(**init_defaults(known))
     p.add_argument("-h", "--help", action="help", help="show this, with the defaults of --data or --recipe")
     args = p.parse_args(argv)
@@ -309,7 +305,10 @@ def train(net, optimizer, batches, bank, clusterings, meter, args):
 
 
 def knn(net, loader, eval_loader, bank=None):
-    """knn_accuracy of the test images in the memory bank (N, D) or, without one, among center crops [4]."""
+    """knn_accuracy of the test images in the memory bank (N, D) or, without one, among center crops [4]; {} without
+    test images that have labels."""
+    if not eval_loader:
+        return {}
     data, test, own = loader.data, eval_loader.data, slice(*shard(len(loader.data)))
     if bank is None:
         bank, labels = embed(net, loader), data.without_unreadable(data.labels)[own]
@@ -387,9 +386,8 @@ def main():
         bank = F.normalize(torch.randn(len(data), args.dim, generator=generator(args.seed, "bank")))
         random = copy.deepcopy(net)
         random = random if args.init else fill_batch_norm(random, loader, torch.arange(min(256, len(data))))
-        random = cluster_crops(random, loader, args)[2] | (
-            knn(random, loader, eval_loader) if eval_loader else {}
-        )
+        few = data.labels is not None and len(data) <= 100_000
+        random = (cluster_crops(random, loader, args)[2] if few else {}) | knn(random, loader, eval_loader)
     bank, zero = bank.to(device), torch.zeros(1, dtype=torch.int64, device=device)
     trained = parallel(torch.compile(net) if args.compile else net)
 
@@ -417,7 +415,7 @@ def main():
         close, outside, uniform = (all_reduce_sum(sums) / (steps * args.batch_size)).tolist()
         record |= {"close": close, "outside": outside} if aggregate else {}
         record["uniform"] = uniform if aggregate else recognize(0 * bank[:1], bank, zero, args).item()
-        record |= knn(net, loader, eval_loader, bank) if eval_loader else {}
+        record |= knn(net, loader, eval_loader, bank)
         record |= {"seconds_clustering": seconds, "seconds": time.time() - began}
         run.end_epoch(record, *SHOWN)
         state = {
@@ -452,12 +450,14 @@ def finish(run, net, loader, eval_loader, bank, random, args):
     if eval_loader:
         found = {"center crops": knn(net, loader, eval_loader), args.start: random}
         found["memory bank"] = knn(net, loader, eval_loader, bank)
-        found |= {"pixels": knn(pixel_net(args.image_size), loader, eval_loader)} if "pixels" in others else {}
+        found |= (
+            {"pixels": knn(pixel_net(args.image_size), loader, eval_loader)} if "pixels" in others else {}
+        )
         words = [f"{name} {100 * x['knn_1']:.1f} / {100 * x['knn_200']:.1f}" for name, x in found.items()]
         print_once(f"kNN of test images in %, K = 1 / 200: {', '.join(words)}")
     run.log({"result": {**cluster_sizes(assign, args.k), **scores}, "knn": found, "baselines": others})
     if scores:
-        words = [f"{name} {x['nmi_labels']:.3f}" for name, x in others.items()]
+        words = [f"{name} {x['nmi_labels']:.3f}" for name, x in others.items() if "nmi_labels" in x]
         print_once(f"NMI of clusters and labels: {scores['nmi_labels']:.3f}; {', '.join(words)}")
     print_once(f"which image is in which cluster: {run.out}/assignments.csv and clusters.png")
 

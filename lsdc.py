@@ -52,7 +52,7 @@ from pathlib import Path
 from common import (  # isort: skip
     ARCHS, Backbone, Images, Loader, Meter, Run, View, all_gather, all_reduce_sum, assign_folder, autocast,
     center_crop, cluster_sizes, draw, error, extract, fill_batch_norm, folder_recipe, generator,
-    init_defaults, is_main, kmeans, label_scores, load_backbone, load_data, load_file, look_at, make_backbone,
+    init_defaults, is_main, kmeans, label_scores, load_backbone, load_data, load_file, make_backbone,
     make_parser, nearest, nmi, number, parallel, pixel_net, print_once, read_backbone, save_clusters,
     save_file, seed_epoch, setup, shard, to_device,
 )  # fmt: skip
@@ -101,28 +101,18 @@ ONLY += [("pretrain_", "pretrain", "rotnet"), ("crop_area", "pad", 0)]  # what f
 CONFIDENT = 0.9  # a prediction above this probability [supplementary 2]
 
 
-def photos(n, side, init):
-    """The recipe of a folder, ours: see folder_recipe; 10 clusters, half of which a batch has as neighbors; from 100,000
-    images on, and without a folder, that of stl10."""
-    shared = folder_recipe(n, side, 25_000, init) or {"batch_size": 64, "epochs": 20}
-    epochs, batch = shared["epochs"], min(256, 4 * shared["batch_size"], max(2, n))
-    small = {
-        "lr_steps": [epochs * 2 // 3],
-        "ramp_up": epochs // 2,
-        "num_neighbors": max(1, batch // 20),
-        "pad": 0,
-    }
-    small |= {
-        "lr": 0.01 if init else 0.05,
-        "freeze_stages": 0,
-        "train_on": "train",
-        "pretrain_epochs": epochs,
-    }
-    small |= {
-        "pretrain_lr_steps": [epochs // 2, epochs * 3 // 4],
-        "pretrain_batch_size": shared["batch_size"],
-    }
-    return {**RECIPES["stl10"], **PAPER, **small, **shared, "batch_size": batch}
+def photos(known):
+    """The recipe of a folder, ours: see folder_recipe; from 100,000 images on, and where there is no folder, stl10's."""
+    n, shared = folder_recipe(known, 25_000)
+    if not n:
+        return RECIPES["stl10"]
+    epochs, batch = shared["epochs"], known.batch_size or min(256, 4 * shared["batch_size"], n)
+    return {
+        **PAPER, "lr_steps": [max(1, epochs * 2 // 3)], "ramp_up": epochs // 2, "num_neighbors": max(1, batch // 20),
+        "pad": 0, "lr": 0.01 if known.init else 0.05, "freeze_stages": 0, "train_on": "train",
+        "pretrain_epochs": epochs, "pretrain_lr_steps": [max(1, epochs // 2), max(1, epochs * 3 // 4)],
+        "pretrain_batch_size": shared["batch_size"], **shared, "batch_size": batch,
+    }  # fmt: skip
 
 
 def options(argv=None):
@@ -170,9 +160,8 @@ def options(argv=None):
     # fmt: on
     typed, _ = p.parse_known_args(argv)
     vectors = typed.data.endswith(".npz")
-    recipe = RECIPES.get(typed.recipe or (typed.data, "reuters")[vectors]) or photos(
-        *look_at(typed.data), typed.init
-    )
+    name = typed.recipe or (typed.data, "reuters")[vectors]
+    recipe = RECIPES[name] if name in RECIPES else photos(typed)
     p.set_defaults(wd=1e-4 if (typed.mix or recipe["mix"]) == "mixup" else 5e-4)
     p.set_defaults(**recipe)
     if not (typed.arch or "resnet").startswith("resnet"):
@@ -504,16 +493,12 @@ def confusion(data, assign, k, index):
 
 # Shown of each epoch; uniform is the loss of a uniform prediction, acc_labels that of test images, if there are some.
 SCORES = ("acc_labels", "nmi_labels", "ari_labels")
-SHOWN = ("epoch", "loss", "uniform", "rotation_accuracy", "positive", "acc_labels", "seconds")
+SHOWN = ("epoch", "phase", "loss", "uniform", "rotation_accuracy", "positive", "acc_labels", "seconds")
 
 
-def load(args):
+def load(name, root, normalize):
     """All images, the training set first, -1 the label of those without; positions of "train", "test" and "both"."""
-    train, test = (
-        (load_vectors(args.data), None)
-        if args.arch == "mlp"
-        else load_data(args.data, args.root, args.normalize)
-    )
+    train, test = (load_vectors(name), None) if name.endswith(".npz") else load_data(name, root, normalize)
     data, parts, n = copy.copy(train), [train, test] if test else [train], len(train)
     data.labels = torch.cat([torch.full((len(x),), -1) if x.labels is None else x.labels for x in parts])
     both = torch.arange(len(data.labels))
@@ -593,9 +578,9 @@ def load_model(run, device):
 def main():
     args = options()
     if args.assign:
-        return assign_folder(args, load_model)
+        return assign_folder(args, load_model, load)
     device = setup(args.device)
-    data, where = load(args)
+    data, where = load(args.data, args.root, args.normalize)
     learn = len(where.get(args.train_on, data))  # the first so many
     if max(args.k, args.batch_size, args.pretrain_batch_size) > learn:
         error(f"{learn} images to learn from: too few for --k, --batch-size or --pretrain-batch-size")
