@@ -443,7 +443,14 @@ def test_recipes_are_the_papers():
 
 def test_defaults_follow_what_is_typed(tmp_path):
     """Decay the mixture, the rate Adam, RotNet --init, the folder the labeling; every recipe fits itself."""
-    meta = {"arch": "resnet18", "sobel": False, "mean": [0.5], "std": [0.2], "method": "rotnet"}
+    meta = {
+        "arch": "resnet18",
+        "image_size": 99,
+        "sobel": False,
+        "mean": [0.5],
+        "std": [0.2],
+        "method": "rotnet",
+    }
     torch.save({"meta": meta}, tmp_path / "backbone.pt")
     for data in ("cifar10", "digits", "some/folder"):
         assert [values(f"--data {data} --mix {mix}", "wd") for mix in ("mixup", "ricap")] == [[1e-4], [5e-4]]
