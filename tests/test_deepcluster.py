@@ -467,9 +467,7 @@ def whole(run):
 
 def test_log_holds_what_ran_every_epoch_and_the_result(whole):
     first, *records, last = whole.log()
-    assert first["command"] == "deepcluster.py " + QUICK and first["images"] == 1437
-    assert first["args"]["k"] == 20 and {"torch", "torchvision", "faiss"} <= set(first["versions"])
-    assert [r["epoch"] for r in records] == [1, 2, 3]
+    assert first["args"]["k"] == 20 and [r["epoch"] for r in records] == [1, 2, 3]
     for r in records:
         assert ("nmi_previous" in r) == (r["epoch"] > 1) and 0 < r["objective"] < 4
         assert r["clusters"] + r["empty"] == 20
@@ -480,12 +478,9 @@ def test_log_holds_what_ran_every_epoch_and_the_result(whole):
     assert records[-1]["nmi_labels"] == pytest.approx(plain_nmi(digits().labels.tolist(), assign))
     others = {name: scores["nmi_labels"] for name, scores in last["baselines"].items()}
     assert others["random network"] == records[0]["nmi_labels"] and others["chance"] < 0.1 < others["pixels"]
-    assert re.findall(r"^epoch (\d+)", whole.out, re.MULTILINE) == ["1", "2", "3"] and whole.err == ""
 
 
 def test_files_of_a_run_and_its_result(whole):
-    names = ".lock log.jsonl checkpoint.pt checkpoint.prev.pt backbone.pt clustering.pt clusters.png"
-    assert {p.name for p in whole.run.iterdir()} == {*names.split(), "assignments.csv"}
     images, clusters = read_assignments(whole.run / "assignments.csv")
     assert images == [str(i) for i in range(1437)]
     result, sizes = whole.log()[-1]["result"], Counter(clusters)

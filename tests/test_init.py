@@ -191,6 +191,13 @@ def test_init_imagenet(script, torchvisions, capsys, monkeypatch):
     assert "no route to host" in refusal(script.options, ["--init", "imagenet"], capsys)
 
 
+def test_vgg_has_torchvisions_names_and_shapes(torchvisions):
+    with torch.device("meta"):
+        ours = common.Backbone("vgg16", 3, 224).net.state_dict()
+    theirs = common.read_backbone("imagenet-vgg16")["state_dict"]
+    assert {k: x.shape for k, x in ours.items()} == {k: x.shape for k, x in theirs.items()}
+
+
 def test_data_get_the_mean_and_deviation_of_the_weights(capsys):
     train, test = common.load_data("digits", normalize=[[0.25], [0.125]])
     assert (train.mean, train.std, test.mean, test.std) == ((0.25,), (0.125,)) * 2
