@@ -371,6 +371,20 @@ def load_folder(folder):
     return data, None
 
 
+def look_at(folder):
+    """(how many images a folder has to train on, counted up to 100,000; the usual shorter side of some in pixels);
+    (0, 0) if there is none."""
+    if not os.path.isdir(folder):
+        return 0, 0
+    parts = {entry.name.lower(): entry.path for entry in os.scandir(folder) if entry.is_dir()}
+    folder, sides = parts.get("train", folder), []
+    paths = list(islice(list_images(folder, os.path.realpath(folder), set(), []), 100_000))
+    for path in paths[:: len(paths) // 20 + 1]:
+        with suppress(Exception), Image.open(path) as image:
+            sides.append(min(image.size))
+    return len(paths), int(np.median(sides)) if sides else 0
+
+
 def folder_recipe(known, views):
     """How many images --data has to train on if it is a folder of fewer than 100,000 and no --recipe was named, else 0;
     and what the methods' recipes for such folders have in common.
@@ -379,19 +393,11 @@ def folder_recipe(known, views):
     its network at 128. A batch of N / 30 images, 16 to 256 and a power of two, but no more than N. As many epochs as see
     `views` images, 20 to 300; with --init a sixth, 5 to 50. What was typed stays.
     """
-    if known.recipe or known.data in SETS or not os.path.isdir(known.data):
-        return 0, {}
-    parts = {entry.name.lower(): entry.path for entry in os.scandir(known.data) if entry.is_dir()}
-    folder, sides = parts.get("train", known.data), []
-    paths = list(islice(list_images(folder, os.path.realpath(folder), set(), []), 100_000))
-    for path in paths[:: len(paths) // 20 + 1]:
-        with suppress(Exception), Image.open(path) as image:
-            sides.append(min(image.size))
-    n, side = len(paths), int(np.median(sides)) if sides else 64
+    n, side = (0, 0) if known.recipe or known.data in SETS else look_at(known.data)
     if not 0 < n < 100_000:
         return 0, {}
     found = {"arch": "resnet18" if known.init or n >= 10_000 else "lenet5", "center_fraction": 0.875}
-    found["image_size"] = 128 if known.init else min(64 if n < 10_000 else 128, side)
+    found["image_size"] = 128 if known.init else min(64 if n < 10_000 else 128, side or 64)
     found["batch_size"] = known.batch_size or 2 ** int(math.log2(max(2, min(n, 256, max(16, n / 30)))))
     found["epochs"] = max(5, min(50, views // n // 6)) if known.init else max(20, min(300, views // n))
     return n, {**found, "epochs": known.epochs or found["epochs"]}

@@ -493,7 +493,7 @@ def confusion(data, assign, k, index):
 
 # Shown of each epoch; uniform is the loss of a uniform prediction, acc_labels that of test images, if there are some.
 SCORES = ("acc_labels", "nmi_labels", "ari_labels")
-SHOWN = ("epoch", "phase", "loss", "uniform", "rotation_accuracy", "positive", "acc_labels", "seconds")
+SHOWN = ("epoch", "phase", "loss", "uniform", "rotation_accuracy", "positive", "acc_labels")
 
 
 def load(name, root, normalize):

@@ -495,11 +495,10 @@ RUN --random lenet5                                    | --random ARCH
 --pixels --random lenet5                               | --random ARCH
 --random lenet7                                        | lenet7
 RUN --image-size 64                                    | --random
-AT/nowhere                                             | no such file
+AT/nowhere                                             | No such file
 AT/photos                                              | no run folder
 AT/damaged.pt                                          | damaged
 AT/vectors.pt                                          | for vectors
-RUN --data AT/photos                                   | 1 channel
 --random lenet5 --data AT/flat                         | no labels
 --random lenet5 --data imagnet                         | no such folder
 RANDOM --batch-size 1294                               | 1293

@@ -201,8 +201,10 @@ def test_vgg_has_torchvisions_names_and_shapes(torchvisions):
 def test_data_get_the_mean_and_deviation_of_the_weights(capsys):
     train, test = common.load_data("digits", normalize=[[0.25], [0.125]])
     assert (train.mean, train.std, test.mean, test.std) == ((0.25,), (0.125,)) * 2
-    line = refusal(lambda data: common.load_data(data, normalize=[[0.5] * 3] * 2), "digits", capsys)
-    assert "1 channel" in line and "3" in line
+    color, gray = common.load_data("digits", normalize=[[0.5] * 3] * 2)[0].pixels, train.pixels
+    assert color.shape[1] == 3 and (color == gray).all()  # gray three times
+    line = refusal(lambda data: common.load_data(data, normalize=[[0.5] * 5] * 2), "digits", capsys)
+    assert "1 channel" in line and "5" in line
 
 
 @every
@@ -212,7 +214,7 @@ def test_folders_have_a_recipe_by_number_and_size_of_images(script, init, torchv
     are not enlarged; weights that fit."""
     argv = ["--data", "my/photos", *["--init", "imagenet"] * init]
     for n, side in ((320, 500), (1000, 90), (9469, 48), (99_999, 224)):
-        monkeypatch.setattr(script, "look_at", lambda folder, found=(n, side): found)
+        monkeypatch.setattr(common, "look_at", lambda folder, found=(n, side): found)
         args = script.options(argv)
         assert (
             n >= (5 if script.__name__ == "lsdc" else 10) * args.batch_size
@@ -227,7 +229,7 @@ def test_folders_have_a_recipe_by_number_and_size_of_images(script, init, torchv
 @pytest.mark.parametrize("name", ["deepcluster", "local_aggregation", "coke"])
 def test_large_folders_have_the_recipe_of_imagenet(name, monkeypatch):
     script = SCRIPTS[name]
-    monkeypatch.setattr(script, "look_at", lambda folder: (100_000, 300))
+    monkeypatch.setattr(common, "look_at", lambda folder: (100_000, 300))
     large, paper = (vars(script.options(["--data", "x", *more])) for more in ([], ["--recipe", "imagenet"]))
     assert large.pop("recipe") is None and paper.pop("recipe") == "imagenet" and large == paper
 

@@ -74,8 +74,8 @@ def test_a_run_leaves_its_files_and_short_lines(whole, name):
     lines = re.sub(r"(epoch|clusters|smallest|largest|bound|seconds) \d+", r"\1 1000", job.out).splitlines()
     assert [line for line in lines if line.startswith("epoch") and len(line) > 100] == [], "a long run's wrap"
     assert f"{FIRST[name]} steps an epoch" in lines[0]
-    phases = {record.get("phase") for record in epochs(records)}
-    assert len(re.findall(r"^about \d:\d\d:\d\d left$", job.out, re.MULTILINE)) == len(phases)
+    phases = {record.get("phase") for record in epochs(records) if 0 < record["epoch"] < record["epochs"]}
+    assert len(re.findall(r"^about \d:\d\d:\d\d left at this pace$", job.out, re.MULTILINE)) == len(phases)
 
 
 @every
@@ -197,8 +197,8 @@ def test_a_runs_own_images_get_their_clusters_again(go, whole, name, world):
     job = whole(name)
     go(name, "--assign digits --out run", world=world, folder=job.folder)
     found, want = (read_assignments(job.run / f"assignments{which}.csv") for which in ("-digits", ""))
-    assert found[0] == want[0][:1437] and len(set(want[1])) > 5
-    assert sum(map(int.__ne__, found[1], want[1][:1437])) <= 1  # one may lie between two
+    assert found[0] == want[0] and len(set(want[1])) > 5
+    assert sum(map(int.__ne__, found[1], want[1])) <= 1  # one may lie between two
     (job.run / "assignments-digits.csv").unlink()
 
 
