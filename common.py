@@ -1139,7 +1139,7 @@ class Run:
             "data": data.name,
             "mean": list(data.mean),
             "std": list(data.std),
-            "start": self.config["start"],
+            "start": self.config.get("start"),
         }
         save_file(self.out / name, {"state_dict": backbone.net.state_dict(), "meta": meta, **more})
 
@@ -1294,7 +1294,7 @@ def init_defaults(known):
         96 if meta.get("pool_shortcuts") else 64
     ):
         found["image_size"] = meta["image_size"]  # what linear layers take, and the 3x3 stem
-    supervised = "supervised" in meta["method"] + meta.get("start", "")
+    supervised = "supervised" in f"{meta['method']} {meta.get('start')}"
     return {**found, "start": f"{'supervised' if supervised else meta['method']} initialization"}
 
 

@@ -518,8 +518,7 @@ def main():
     loader, test = (Loader(x, args.batch_size, *feeding) for x in (data, test_data))
     ten = Loader(test_data, test.world * max(1, test.b // 10), *feeding)
     ten.center = TenCrops(args.image_size, center=args.center_fraction)
-    start = args.meta.get("start", "random network")
-    row = f"{args.run}, {args.meta['method']}" + f" from {start}" * (start != "random network")
+    row = f"{args.run}, {args.meta['method']}, from {args.meta.get('start') or 'weights of its own'}"
     row = row if args.run else "raw pixels: the lowest row"
     if args.random:
         row = "supervised: the upper row" if args.finetune else "random weights: what training has to beat"

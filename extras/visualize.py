@@ -62,9 +62,10 @@ def read_log(run):
 
 def read_images(run, args, meta):
     """(Images that the run clustered, their names in assignments.csv, clusters (N,)); -1: no label, unreadable."""
-    args.normalize = meta["mean"], meta["std"]
-    load = lsdc.load if meta["method"] == "lsdc" else lambda a: load_data(a.data, a.root, a.normalize)
-    data = load(args)[0]  # lsdc's are those of the test set, too
+    load = lsdc.load if meta["method"] == "lsdc" else load_data
+    data = load(args.data, args.root, (meta["mean"], meta["std"]) if "mean" in meta else None)[
+        0
+    ]  # lsdc: tests, too
     data.labels = torch.full((len(data),), -1) if data.labels is None else data.labels
     with open(run / "assignments.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         names, clusters = zip(*list(csv.reader(file))[1:], strict=True)

@@ -640,13 +640,16 @@ def test_time_left_of_each_phase_and_a_loss_that_stays_at_that_of_a_uniform_pred
 
     run = new_run(tmp_path)
     lines = go(run, 1, 4, 2.99, uniform=3.0)
-    assert [line for line in lines if not line.startswith("epoch")] == ["about 1:06:44 left", lines[4]]
+    assert [line for line in lines if not line.startswith("epoch")] == [
+        "about 1:06:44 left at this pace",
+        lines[4],
+    ]
     assert "epoch 3" in lines[3] and all(
         x in lines[4] for x in ("WARNING", "2.990", "3.000", "--lr", "--init")
     )
     assert sum("left" in line for line in go(run, 5, 6, 2.99, "b", uniform=3.0)) == 1
     lines = go(new_run(tmp_path), 7, 11, 2.99, "b", uniform=3.0)
-    assert lines[1] == "about 0:26:42 left" and "WARNING" in lines[-1] and len(lines) == 7
+    assert lines[1] == "about 0:26:42 left at this pace" and "WARNING" in lines[-1] and len(lines) == 7
     assert not [x for x in go(run, 1, 11, 2.9, uniform=3.0) + go(run, 1, 11, 9.9) if "WARNING" in x]
     assert read_log(run.log_path)[-1]["epochs"] == 11
 
@@ -662,7 +665,9 @@ def test_clusters_that_are_gone_or_random_are_said(kind, tmp_path, capsys):
         tmp_path, Loader(data, 4, 32, 1.0, CPU, 0), assign, torch.zeros(60), 2 + (kind == "gone"), False
     )
     want = {"gone": "1 of 3 clusters", "random": "NMI"}
-    lines = capsys.readouterr().out.splitlines()
+    sizes, *lines = capsys.readouterr().out.splitlines()
+    most = {"gone": "3 clusters of 0 to 30 images", "unreadable": "2 clusters of 29 to 30 images"}
+    assert sizes == most.get(kind, "2 clusters of 30 to 30 images")
     assert len(lines) == (kind in want) and all(
         "WARNING" in x and want[kind] in x and "--" in x for x in lines
     )
