@@ -31,6 +31,7 @@ CPU = "2 cores of an AMD EPYC, no GPU"  # of all runs on a CPU; logs do not name
 
 # fmt: off
 DIGITS, MNIST, FASHION, CIFAR = "digits, LeNet-5", "MNIST, LeNet-5", "Fashion-MNIST, LeNet-5", "CIFAR-10, small AlexNet"
+PHOTOS = "1,000 photographs of 10 kinds (ImageNet), LeNet-5 at 64 pixels"
 BUSY, THREAD = "beside other work", "one thread, beside other work"
 BORDERS = "deepcluster-fashionmnist-epoch-borders-seed?.jsonl"
 NMI3 = "NMI of clusters and labels, training images: random network / pixels / trained"
@@ -97,6 +98,12 @@ ROWS = [
     ("LSD-C, kNN", FASHION, "python lsdc.py --data fashionmnist --seed S", "lsdc-fashionmnist-new-seed?.jsonl", "ACC of k-means: random network / RotNet / pixels, test images, %", "result/baselines/{random network,pretrained network,pixels}/test/acc_labels", ".1%", "none", THREAD),
     ("LSD-C, kNN, earlier script", FASHION, "python lsdc.py --data fashionmnist --seed S", "lsdc-fashionmnist-seed?.jsonl", TEST, LSDC_TEST, ".1%", "none", "two runs at a time"),
     ("LSD-C, kNN, earlier script", FASHION, "python lsdc.py --data fashionmnist --seed S", "lsdc-fashionmnist-seed?.jsonl", "ACC of k-means on the features of the random network / of RotNet, test images, %", "result/baselines/{untrained,pretrained}/test/acc_labels", ".1%", "none", "two runs at a time"),
+    ("Local Aggregation", PHOTOS, "python local_aggregation.py --data data/imagenette-mini/train --seed S", "local_aggregation-photos-seed?.jsonl", "NMI of 20 clusters and kinds: random assignment / pixels / trained", "{baselines/chance,baselines/pixels,result}/nmi_labels", ".3f", "none", THREAD),
+    ("CoKe, two views", PHOTOS, "python coke.py --data data/imagenette-mini/train --seed S", "coke-photos-seed?.jsonl", "NMI of 10 clusters and kinds: random network / pixels / trained", "{baselines/random network,baselines/pixels,result/heads/0/train}/nmi_labels", ".3f", "none", THREAD),
+    ("Local Aggregation, from weights of CIFAR-10", PHOTOS, "python local_aggregation.py --data data/imagenette-mini/train --init RUN --epochs 6", "local_aggregation-photos-init-seed?.jsonl", "NMI of 20 clusters and kinds: random assignment / pixels / trained", "{baselines/chance,baselines/pixels,result}/nmi_labels", ".3f", "none", THREAD),
+    ("CoKe, two views, from weights of CIFAR-10", PHOTOS, "python coke.py --data data/imagenette-mini/train --init RUN --epochs 6", "coke-photos-init-seed?.jsonl", "NMI of 10 clusters and kinds: k-means on the start / pixels / trained", "{baselines/local_aggregation initialization,baselines/pixels,result/heads/0/train}/nmi_labels", ".3f", "none", THREAD),
+    ("DeepCluster", PHOTOS, "python deepcluster.py --data data/imagenette-mini/train --seed S", "deepcluster-photos-seed?.jsonl", "NMI of 100 clusters and kinds: random network / pixels / trained", NMI3_AT, ".3f", "none", THREAD),
+    ("LSD-C", PHOTOS, "python lsdc.py --data data/imagenette-mini/train --seed S", "lsdc-photos-seed?.jsonl", "NMI of 10 clusters and kinds: random network / pixels / RotNet / trained", "result/{baselines/random network/train,baselines/pixels/train,baselines/RotNet/train,scores/train}/nmi_labels", ".3f", "none", THREAD),
 ]
 # fmt: on
 
