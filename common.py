@@ -127,9 +127,8 @@ def setup(device="auto"):
     more = {"rank": rank, "world_size": world, "timeout": timedelta(minutes=10), "device_id": own}
     dist.init_process_group(backend, store=store, **more)
     sys.excepthook = partial(interrupted, sys.excepthook)
-    all_reduce_sum(
-        torch.zeros(1)
-    )  # from here on one that ends with an error leaves nobody who still connects
+    # From here on a process that ends with an error leaves nobody who still connects.
+    all_reduce_sum(torch.zeros(1))
     return device
 
 
@@ -1033,15 +1032,8 @@ class Meter:
         return mean
 
 
-MAY_CHANGE = {
-    "data",
-    "root",
-    "out",
-    "overwrite",
-    "device",
-    "workers",
-    "assign",
-}  # from one start of a run to the next
+# From one start of a run to the next.
+MAY_CHANGE = {"data", "root", "out", "overwrite", "device", "workers", "assign"}
 
 
 class Run:
