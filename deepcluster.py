@@ -56,7 +56,7 @@ from common import (  # isort: skip
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import sparse
+from scipy import linalg, sparse
 from torch import nn
 
 # %% recipes and options
@@ -189,17 +189,23 @@ def pca(x, p, gen):
     check_finite(x)
     d, p, double = x.shape[1], min(p, x.shape[1]), {"dtype": torch.float64, "device": x.device}
     n = all_reduce_sum(torch.tensor(float(len(x)), **double))
-    mean = all_reduce_sum(x.sum(0, dtype=torch.float64)) / n
+    mean = all_reduce_sum(sum(rows.double().sum(0) for rows in x.split(4096))) / n
 
     def covariance_times(q=None):
         result = torch.zeros(d, d if q is None else q.shape[1], **double)
         for rows in x.split(4096):
             rows = rows.double() - mean
-            result += rows.T @ (rows if q is None else rows @ q)
+            if q is None and not x.is_cuda:  # numpy computes half of a symmetric product
+                result += torch.from_numpy(rows.numpy().T @ rows.numpy())
+            else:
+                result += rows.T @ (rows if q is None else rows @ q)
         return all_reduce_sum(result) / n
 
-    if d <= 8192:
+    if d <= 8192 and x.is_cuda:
         values, axes = torch.linalg.eigh(covariance_times())
+    elif d <= 8192:
+        largest = linalg.eigh(covariance_times().numpy(), subset_by_index=(d - p, d - 1))
+        values, axes = map(torch.from_numpy, largest)
     else:
         q = torch.randn(d, p + 32, generator=gen).to(**double)
         for _ in range(10):

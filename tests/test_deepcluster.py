@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from jobs import QUIET, ROOT, assert_same, epochs, one_error, plain, plain_nmi, read_assignments, two_at_once
-from scipy import sparse
+from scipy import linalg, sparse
 from torch import nn
 
 SCRIPT = ROOT / "deepcluster.py"
@@ -41,7 +41,7 @@ def normal(*shape, seed=0):
 
 CELL = re.search(r"^# %% the algorithm.*?(?=^# %% )", SCRIPT.read_text(), flags=re.MULTILINE | re.DOTALL)[0]
 TAKEN = re.search(r"with ([\w, ]+) of common\.py", CELL.splitlines()[0])[1].split(", ")
-PASTED = {"math": math, "np": np, "torch": torch, "F": F, "nn": nn, "sparse": sparse}
+PASTED = {"math": math, "np": np, "torch": torch, "F": F, "nn": nn, "sparse": sparse, "linalg": linalg}
 PASTED |= {name: getattr(common, name) for name in TAKEN}
 exec(compile(CELL, "the algorithm", "exec"), PASTED)
 NAMES = "pca whiten uniform_over_clusters loss_weights neighbor_graph power_iteration_clustering"
@@ -51,9 +51,9 @@ pca, whiten, uniform_over_clusters, loss_weights, neighbor_graph, pic = map(PAST
 def test_the_pasted_algorithm_runs_where_nobody_set_up_processes_and_takes_no_args_or_loader(launch):
     code = f"""
         import math, numpy as np, torch, torch.nn.functional as F, common
-        from scipy import sparse
+        from scipy import linalg, sparse
         from torch import nn
-        names = {{"math": math, "np": np, "torch": torch, "F": F, "nn": nn, "sparse": sparse}}
+        names = {{"math": math, "np": np, "torch": torch, "F": F, "nn": nn, "sparse": sparse, "linalg": linalg}}
         names |= {{name: getattr(common, name) for name in {TAKEN}}}
         exec({CELL!r}, names)
         assert not torch.distributed.is_initialized()
