@@ -456,9 +456,7 @@ def check(args, data):
     if most > n:
         error(f"--k {most} is more than the {data}; try {max(1, n // 50)}")
     if n < 10 * most:
-        print_once(
-            f"WARNING: --k {most} for {n} images is {n / most:.3g} in each; try {max(2, n // 10)} or fewer"
-        )
+        print_once(f"WARNING: --k {most}: only {n / most:.3g} images in each; try {max(2, n // 10)} or fewer")
     if args.warmup_epochs >= args.epochs:
         print_once(f"WARNING: --lr is never reached: {args.warmup_epochs} --warmup-epochs of {args.epochs}")
     args.head = args.head or (classes if classes in args.k else args.k[0])
@@ -518,9 +516,8 @@ def main():
     steps, h = len(data) // args.batch_size, args.k.index(args.head)
     uniform = sum(map(math.log, args.k)) / len(args.k)  # the loss if all similarities were equal
     ks = " ".join(map(str, args.k))
-    print_once(
-        f"{data}, K = {ks}, {steps} steps an epoch, on {device}\nloss of a uniform prediction: {uniform:.3f}"
-    )
+    print_once(f"{data}, K = {ks}, {steps} steps an epoch, on {device}")
+    print_once(f"loss of a uniform prediction: {uniform:.3f}")
 
     torch.manual_seed(args.seed)  # the same initial weights on all processes
     net = to_device(Network(args, len(data.mean)), device)
@@ -553,12 +550,8 @@ def main():
         meter = Meter(f"epoch {epoch + 1}/{args.epochs}", steps * loader.b)
         batches = loader.train(torch.randperm(len(data), generator=gen), make_views(args))
         sums = train(trained, optimizer, batches, lrs, heads, now, meter, args)
-        record = {
-            "epoch": epoch + 1,
-            "epochs": args.epochs,
-            "phase": now[0],
-            "lr": lrs[-1] if epoch >= 0 else 0.0,
-        }
+        lr = lrs[-1] if epoch >= 0 else 0.0
+        record = {"epoch": epoch + 1, "epochs": args.epochs, "phase": now[0], "lr": lr}
         means = [meter.mean_loss(), *(all_reduce_sum(sums) / (steps * args.batch_size)).tolist()]
         record |= zip(("loss", "loss_projection", "loss_prediction"), means, strict=True)
         record |= {"uniform": uniform, **describe(heads, before, data, args)}

@@ -1106,9 +1106,8 @@ class Run:
         self.log(record, *shown)
         if record.get("phase", "") != self.phase and 0 < epoch < epochs:
             self.phase = record.get("phase", "")
-            print_once(
-                f"about {timedelta(seconds=round(record['seconds'] * (epochs - epoch)))} left at this pace"
-            )
+            left = timedelta(seconds=round(record["seconds"] * (epochs - epoch)))
+            print_once(f"about {left} left at this pace")
         if epoch in (math.ceil(epochs / 5), epochs) and record["loss"] > 0.98 * uniform:
             print_once(
                 f"WARNING: the loss is {record['loss']:.3f}, that of a uniform prediction {uniform:.3f}: nothing is "
@@ -1127,12 +1126,8 @@ class Run:
         """A file {"state_dict": torchvision's names, "meta": how to build and feed it, and whose it is}, and more."""
         data = loader.data
         meta = {**backbone.meta, "method": method, "center_fraction": loader.center.center}
-        meta |= {
-            "data": data.name,
-            "mean": list(data.mean),
-            "std": list(data.std),
-            "start": self.config.get("start"),
-        }
+        meta |= {"data": data.name, "mean": list(data.mean), "std": list(data.std)}
+        meta["start"] = self.config.get("start")
         save_file(self.out / name, {"state_dict": backbone.net.state_dict(), "meta": meta, **more})
 
 
@@ -1208,9 +1203,7 @@ def read_backbone(path, arch=None):
             try:
                 return translate(weights.get_state_dict(progress=False))
             except OSError as problem:
-                error(
-                    f"--init {path}: no download ({problem}); fetch {weights.url} elsewhere, and --init that file"
-                )
+                error(f"--init {path}: no download ({problem}); fetch {weights.url} and --init that file")
         saved = load_file(f"{path}/backbone.pt" if Path(path).is_dir() else path)
         return saved if "arch" in saved.get("meta", ()) else translate(saved)
     except Exception as problem:
@@ -1232,19 +1225,12 @@ def translate(saved):
     state = {name: x for name, x in state.items() if name.startswith(kept) and "classifier.6." not in name}
     first = state.get("conv1.weight", state.get("features.0.weight"))
     if first is None:
-        raise ValueError(
-            f"no conv1.weight or features.0.weight among {', '.join(list(names)[:5]) or 'its names'}"
-        )
+        found = ", ".join(list(names)[:5]) or "its names"
+        raise ValueError(f"no conv1.weight or features.0.weight among {found}")
     arch = ("alexnet" if first.shape[2] == 11 else "vgg16") if "features.0.weight" in state else "resnet18"
     arch = "resnet50" if "layer1.0.conv3.weight" in state else arch
-    meta = {
-        "arch": arch,
-        "channels": 3,
-        "image_size": 224,
-        "sobel": first.shape[1] == 2,
-        "pool": False,
-        "norm": False,
-    }
+    meta = {"arch": arch, "channels": 3, "image_size": 224, "sobel": first.shape[1] == 2}
+    meta |= {"pool": False, "norm": False}
     meta |= {"method": "supervised" if len(head) == 1000 else "pretrained", "center_fraction": 0.875}
     meta |= {"data": "data/imagenet", "mean": list(Images.mean), "std": list(Images.std)}
     return {"state_dict": state, "meta": meta}
@@ -1282,9 +1268,8 @@ def init_defaults(known):
         return {"start": "random network", "normalize": None}
     meta = read_backbone(known.init, known.arch)["meta"]
     found = {"arch": meta["arch"], "sobel": meta["sobel"], "normalize": [meta["mean"], meta["std"]]}
-    if not meta["arch"].startswith("resnet") or meta["image_size"] <= (
-        96 if meta.get("pool_shortcuts") else 64
-    ):
+    small = meta["image_size"] <= (96 if meta.get("pool_shortcuts") else 64)
+    if small or not meta["arch"].startswith("resnet"):
         found["image_size"] = meta["image_size"]  # what linear layers take, and the 3x3 stem
     supervised = "supervised" in f"{meta['method']} {meta.get('start')}"
     return {**found, "start": f"{'supervised' if supervised else meta['method']} initialization"}

@@ -229,9 +229,8 @@ def write_features(args, device):
         known = dict(enumerate(clusters[first:]))  # an image's by its place, if its name is there, too
         known = [c if Path(images[i]).name == name else "" for i, (name, c) in sorted(known.items())[:n]]
         ids = [int(c) if c.isdecimal() else -1 for c in [*known, *[""] * (n - len(known))]]
-        found.append(
-            {"features": rows, "labels": labels, "clusters": ids, "images": images, "split": [split] * n}
-        )
+        part = {"features": rows, "labels": labels, "clusters": ids, "images": images}
+        found.append(part | {"split": [split] * n})
     found = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     if is_main():
         np.savez(args.features, **found)

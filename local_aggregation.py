@@ -450,9 +450,8 @@ def finish(run, net, loader, eval_loader, bank, random, args):
     if eval_loader:
         found = {"center crops": knn(net, loader, eval_loader), args.start: random}
         found["memory bank"] = knn(net, loader, eval_loader, bank)
-        found |= (
-            {"pixels": knn(pixel_net(args.image_size), loader, eval_loader)} if "pixels" in others else {}
-        )
+        if "pixels" in others:
+            found["pixels"] = knn(pixel_net(args.image_size), loader, eval_loader)
         words = [f"{name} {100 * x['knn_1']:.1f} / {100 * x['knn_200']:.1f}" for name, x in found.items()]
         print_once(f"kNN of test images in %, K = 1 / 200: {', '.join(words)}")
     run.log({"result": {**cluster_sizes(assign, args.k), **scores}, "knn": found, "baselines": others})
