@@ -74,7 +74,7 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% recipes and options
-# Data set (or data-views) -> hyper-parameters. imagenet: the paper's runs (supplementary 2.1, main tables, code);
+# Data set (or data-views, data-arch) -> hyper-parameters. imagenet: the paper's runs (supplementary 2.1, main tables, code);
 # cifar10 and cifar100-20: its clustering runs (supplementary 2.4). The others are ours. Flags override.
 
 IMAGENET = {
@@ -92,11 +92,16 @@ GRAY = {
     **CIFAR, "arch": "lenet5", "k": [10, 20, 50, 100], "epochs": 10, "lr": 0.05, "warmup_epochs": 5, "crop_area": 0.6,
     "projector_layers": 2, "temperature": 0.1, "label_weight": 0.5, "color": False, "local_area": [0.5, 0.9],
 }  # fmt: skip
+LENET_CIFAR = {
+    **CIFAR, "arch": "lenet5", "k": [10, 20, 50, 100], "epochs": 20, "warmup_epochs": 1, "projector_layers": 2,
+    "temperature": 0.1, "label_weight": 0.5, "dual_lr": 1.0,
+}  # fmt: skip
 DIGITS = {**GRAY, "k": [10, 20, 30, 40, 50], "epochs": 60, "dual_lr": 1.0, "crop_area": 0.8, "flip": False}
 RECIPES = {
     "imagenet": IMAGENET,  # and folders
     "imagenet-multi": {**IMAGENET, "epochs": 800},
     **dict.fromkeys(("cifar10", "stl10"), CIFAR),
+    "cifar10-lenet5": LENET_CIFAR,
     "cifar100-20": {**CIFAR, "k": list(range(20, 201, 20))},
     "svhn": {**CIFAR, "flip": False},
     "fashionmnist": GRAY,
@@ -164,7 +169,8 @@ def options(argv=None):
     base = known.recipe or (known.data if known.data in RECIPES else "imagenet")
     first_stage, temperature = (0.8, 0.1) if known.views == "1" else (1.0, 0.05)
     p.set_defaults(first_stage=first_stage, temperature=temperature)
-    p.set_defaults(**RECIPES[base] | RECIPES.get(f"{base}-{known.views}", {}))
+    for name in (base, f"{base}-{known.views}", f"{base}-{known.arch}"):
+        p.set_defaults(**RECIPES.get(name, {}))
     p.set_defaults(**photos(known))
     p.set_defaults(**init_defaults(known))
     p.add_argument("-h", "--help", action="help", help="show this, with the defaults of --data or --recipe")

@@ -77,7 +77,8 @@ RECIPES = {
     "svhn": {**DEEP_DIVE, "k": 200, "momentum": 0.5},
     "cifar10": {**DEEP_DIVE, "k": 1000},
     "cifar10-alexnet": {**CARON, "k": 2000, "epochs": 100},  # Deep Dive, appendix A
-    "cifar100-20": {**DEEP_DIVE, "k": 1000, "center_fraction": 1.0},  # from here on ours
+    "cifar10-lenet5": {**DEEP_DIVE, **LENET, "momentum": 0.9, "k": 100, "pca": 60, "epochs": 30},  # from here on ours
+    "cifar100-20": {**DEEP_DIVE, "k": 1000, "center_fraction": 1.0},
     "stl10": {**DEEP_DIVE, "k": 1000, "center_fraction": 1.0},
     "mnist": {**DEEP_DIVE, **LENET, "k": 10, "flip": False, "center_fraction": 1.0},
     "digits": {
@@ -129,7 +130,8 @@ def options(argv=None):
     g.add_argument("--initial-alignment", type=number(int, 0), default=0, metavar="S", help="print NMI(labels, clusters of the random network) for S seeds and stop [Deep Dive 4.1.1]")
     # fmt: on
     known, _ = p.parse_known_args(argv)
-    names = (known.recipe, f"{known.data}-{known.arch}", known.data)
+    base = known.recipe or known.data
+    names = (f"{base}-{known.arch}", base)
     recipes = [RECIPES[name] for name in names if name in RECIPES]
     p.set_defaults(**(recipes or [photos(known)])[0])
     p.set_defaults(**init_defaults(known))
