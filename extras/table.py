@@ -150,9 +150,14 @@ def markdown(titles, blocks):
 
 def latex(titles, blocks):
     """A tabular in booktabs' commands, a rule between blocks."""
-    parts = ["".join(f"{' & '.join(row)} \\\\\n" for row in block) for block in ([titles], *blocks)]
-    body = "\\midrule\n".join(re.sub(r"([%$#_{}])", r"\\\1", part) for part in parts)
-    body, columns = body.replace("--", "-{}-").replace("±", r"$\pm$"), "lll" + "r" * (len(titles) - 3)
+
+    def line(cells):
+        cells = [re.sub(r"([&%$#_{}])", r"\\\1", cell).replace("--", "-{}-") for cell in cells]
+        cells = [re.sub(r"^-?\d+\.\d( ± \d+\.\d)?", r"$\g<0>$", cell).replace("±", r"\pm") for cell in cells]
+        return " & ".join(cells) + " \\\\\n"
+
+    body = "\\midrule\n".join("".join(map(line, block)) for block in ([titles], *blocks))
+    columns = "lll" + "r" * (len(titles) - 3)
     return f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{body}\\bottomrule\n\\end{{tabular}}"
 
 

@@ -5,8 +5,7 @@
 NAME.jsonl is a run's log.jsonl, NAME-eval.json what eval_linear.py wrote about it; origin.json has commit and hardware
 of logs without a commit. To add runs, copy their logs to logs/NAME-seed0.jsonl and so on, add a line to ROWS for each
 thing that was measured, and run the command. Where new logs replace old ones, "place" may be another. A line whose logs
-are not there is left out of the table. The short table (extras/table.py) has the runs of ROWS but for earlier scripts
-and VARIANTS. The entries of a line:
+are not there is left out. The short table leaves out earlier scripts and VARIANTS. The entries of a line:
 
     method, data and network
     command    as it is typed; S is the seed, RUN the run folder of the command before it
@@ -22,6 +21,7 @@ and VARIANTS. The entries of a line:
 import json
 import re
 import sys
+from functools import reduce
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -127,13 +127,9 @@ def read(path):
 
 def look_up(run, place):
     """The numbers at a place of a run."""
-    found, braces = [], re.search("{(.*)}", place)
-    for choice in braces[1].split(",") if braces else [""]:
-        node = run
-        for key in re.sub("{.*}", choice, place).split("/"):
-            node = node[int(key) if isinstance(node, list) else key]
-        found.append(node)
-    return found
+    choices = (re.search("{(.*)}|$", place)[1] or "").split(",")
+    places = [re.sub("{.*}", choice, place).split("/") for choice in choices]
+    return [reduce(lambda x, key: x[int(key) if isinstance(x, list) else key], keys, run) for keys in places]
 
 
 def show(numbers, form):
@@ -150,8 +146,7 @@ def row(entry, logs):
         seeds = [look_up(run, place) for run in runs.values()]
     except (KeyError, IndexError):
         raise SystemExit(f"{names}: no {place}; has every run ended?") from None
-    if isinstance(seeds[0][0], list):  # all seeds in one log
-        seeds = [[x] for x in seeds[0][0]]
+    seeds = [[x] for x in seeds[0][0]] if isinstance(seeds[0][0], list) else seeds  # all seeds in one log
     means, deviations = zip(*map(spread, zip(*seeds, strict=True)), strict=True)
     firsts, numbers = [run["first"] for run in runs.values()], ["; ".join(show(seed, form) for seed in seeds)]
     numbers += [show(means, form), show(deviations, form) if len(seeds) > 1 else "", paper]
@@ -160,32 +155,21 @@ def row(entry, logs):
     machines = dict.fromkeys(first["hardware"].replace("CPU (x86_64)", CPU) for first in firsts)
     commits = dict.fromkeys(first["commit"] for first in firsts)  # each once
     links = [f"[seed {run['first']['args']['seed']}](logs/{path.name})" for path, run in runs.items()]
-    if place.startswith("eval/"):
-        links += [f"[probes](logs/{path.stem}-eval.json)" for path in runs]
+    links += [f"[probes](logs/{path.stem}-eval.json)" for path in runs if place.startswith("eval/")]
     return [method, data, commands, measured, *numbers, minutes, *map(", ".join, (machines, commits, links))]
 
 
-def table(logs, rows=ROWS):
-    """Every thing that was measured, in markdown."""
-    return markdown(TITLES, [[cells for entry in rows if (cells := row(entry, logs))]])
-
-
-def short(logs, rows=ROWS):
-    """Methods and baselines, several seeds in one number, in markdown."""
+def readme(text, logs, rows=ROWS):
+    """README.md with both tables between their marks."""
     names = {name for entry in rows if "earlier" not in entry[0] for name in entry[3].split()}
     paths = sorted(path for name in names for path in logs.glob(name) if not re.search(VARIANTS, path.name))
-    return markdown(*summary(map(read_run, paths)))
-
-
-def put(text, name, lines):
-    """A README in which the lines stand between the marks of that name."""
-    begin, end = f"<!-- {name}: python results/report.py -->", f"<!-- end of {name} -->"
-    return text[: text.index(begin)] + f"{begin}\n\n{lines}\n\n" + text[text.index(end) :]
-
-
-def readme(text, logs=HERE / "logs"):
-    return put(put(text, "short table", short(logs)), "table", table(logs))
+    found = [cells for entry in rows if (cells := row(entry, logs))]
+    tables = {"short table": summary(map(read_run, paths)), "table": (TITLES, [found])}
+    for name, cells in tables.items():
+        begin, end = f"<!-- {name}: python results/report.py -->", f"<!-- end of {name} -->"
+        text = text[: text.index(begin)] + f"{begin}\n\n{markdown(*cells)}\n\n" + text[text.index(end) :]
+    return text
 
 
 if __name__ == "__main__":
-    (HERE / "README.md").write_text(readme((HERE / "README.md").read_text()))
+    (HERE / "README.md").write_text(readme((HERE / "README.md").read_text(), HERE / "logs"))
