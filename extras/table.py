@@ -59,7 +59,8 @@ def method_of(first):
     if script in METHODS:
         return METHODS[script], "instance recognition" if args.get("loss") == "ir" else METHODS[script]
     network = "supervised" if args.get("finetune") else "random network"
-    return 2 * (network if args.get("random") else Path(args["run"] or "pixels").name,)
+    name = network if args.get("random") else Path(args["run"] or "pixels").name
+    return name, name
 
 
 def scores_of(first, last, evals):

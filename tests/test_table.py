@@ -91,10 +91,10 @@ def test_flags_name_rows_where_there_are_several(tmp_path, capsys):
             tmp_path / name, f"coke.py --seed {seed}{typed}", seed, result(scores(0.5 + seed / 10)), **args
         )
 
-    bound, again = run("a", ratio=0.9), run("b", 1, ratio=0.9)
-    free = run("c", typed=" --ratio 0 --lr=0.1 --no-amp --out x", ratio=0.0, epochs=7)
+    bound, again = run("a", ratio=0.9, amp=True), run("b", 1, ratio=0.9, amp=True)
+    free = run("c", typed=" --ratio 0 --lr=0.1 --no-amp --out x", ratio=0.0, amp=False, epochs=7)
     assert names(lines(capsys, bound, again)) == ["CoKe"]
-    assert names(lines(capsys, bound, free, again)) == ["CoKe", "CoKe --ratio 0"]
+    assert names(lines(capsys, bound, free, again)) == ["CoKe", "CoKe --ratio 0 --no-amp"]
     assert names(lines(capsys, run("d", lr=0.1), run("e", lr=0.2))) == ["CoKe --lr 0.1", "CoKe --lr 0.2"]
     started = [run(f"f{s}", s, f" --init a-seed{s}", init=f"a-seed{s}", normalize=[s]) for s in (0, 1)]
     assert names(lines(capsys, *started, run("g", init=None))) == ["CoKe --init a-seedS", "CoKe"]
