@@ -1,11 +1,11 @@
-"""Write the table of README.md beside this file from the logs in logs/.
+"""Write the two tables of README.md beside this file from the logs in logs/.
 
     python results/report.py
 
 NAME.jsonl is a run's log.jsonl, NAME-eval.json what eval_linear.py wrote about it; origin.json has commit and hardware
 of logs without a commit. To add runs, copy their logs to logs/NAME-seed0.jsonl and so on, add a line to ROWS for each
 thing that was measured, and run the command. Where new logs replace old ones, "place" may be another. A line whose logs
-are not there is left out of the table. The entries of a line:
+are not there is left out. The short table leaves out earlier scripts and VARIANTS. The entries of a line:
 
     method, data and network
     command    as it is typed; S is the seed, RUN the run folder of the command before it
@@ -20,11 +20,16 @@ are not there is left out of the table. The entries of a line:
 
 import json
 import re
+import sys
+from functools import reduce
 from pathlib import Path
-from statistics import mean, stdev
 
 HERE = Path(__file__).resolve().parent
-BEGIN, END = "<!-- table: python results/report.py -->", "<!-- end of table -->"
+sys.path.insert(0, str(HERE.parent))
+
+from extras.table import markdown, read_run, spread, summary  # noqa: E402
+
+VARIANTS = "init|ratio0|-1-|-multi-"  # in names of logs
 TITLES = ["method", "data, network", "command", "what is measured", "seeds, one by one", "mean", "deviation"]
 TITLES += ["the paper's", "minutes a run", "hardware", "commit", "logs"]
 CPU = "2 cores of an AMD EPYC, no GPU"  # of all runs on a CPU; logs do not name it
@@ -110,28 +115,21 @@ ROWS = [
 
 def read(path):
     """A run's last record, to which its first one, its evaluation and its minutes are added."""
-    text, beside = path.read_text(), path.with_name(f"{path.stem}-eval.json")
-    records = [json.loads(line) for line in (text.splitlines() if path.suffix == ".jsonl" else [text])]
+    records, evals = read_run(path)
     run, first = records[-1], records[0]
     if not first.get("commit"):
         first |= json.loads((path.parent / "origin.json").read_text())[path.name]
-    if beside.exists():
-        run["eval"] = json.loads(beside.read_text())
     if "minutes" not in run:  # the earlier scripts logged them; an epoch done again counts once
         seconds = {(r.get("phase"), r["epoch"]): r["seconds"] for r in records if "epoch" in r}
         run["minutes"] = sum((seconds or run["seconds"]).values()) / 60
-    return run | {"first": first}
+    return run | {"first": first, "eval": evals[0] if evals else {}}
 
 
 def look_up(run, place):
     """The numbers at a place of a run."""
-    found, braces = [], re.search("{(.*)}", place)
-    for choice in braces[1].split(",") if braces else [""]:
-        node = run
-        for key in re.sub("{.*}", choice, place).split("/"):
-            node = node[int(key) if isinstance(node, list) else key]
-        found.append(node)
-    return found
+    choices = (re.search("{(.*)}|$", place)[1] or "").split(",")
+    places = [re.sub("{.*}", choice, place).split("/") for choice in choices]
+    return [reduce(lambda x, key: x[int(key) if isinstance(x, list) else key], keys, run) for keys in places]
 
 
 def show(numbers, form):
@@ -148,29 +146,30 @@ def row(entry, logs):
         seeds = [look_up(run, place) for run in runs.values()]
     except (KeyError, IndexError):
         raise SystemExit(f"{names}: no {place}; has every run ended?") from None
-    if isinstance(seeds[0][0], list):  # all seeds in one log
-        seeds = [[x] for x in seeds[0][0]]
-    columns, firsts = list(zip(*seeds, strict=True)), [run["first"] for run in runs.values()]
-    numbers = ["; ".join(show(seed, form) for seed in seeds), show(map(mean, columns), form)]
-    numbers += [show(map(stdev, columns), form) if len(seeds) > 1 else "", paper]
+    seeds = [[x] for x in seeds[0][0]] if isinstance(seeds[0][0], list) else seeds  # all seeds in one log
+    means, deviations = zip(*map(spread, zip(*seeds, strict=True)), strict=True)
+    firsts, numbers = [run["first"] for run in runs.values()], ["; ".join(show(seed, form) for seed in seeds)]
+    numbers += [show(means, form), show(deviations, form) if len(seeds) > 1 else "", paper]
     commands = ", ".join(f"`{part}`" for part in command.split("; "))
     minutes = ", ".join(f"{run['minutes']:.1f}" for run in runs.values()) + f"; {remark}" * bool(remark)
     machines = dict.fromkeys(first["hardware"].replace("CPU (x86_64)", CPU) for first in firsts)
     commits = dict.fromkeys(first["commit"] for first in firsts)  # each once
     links = [f"[seed {run['first']['args']['seed']}](logs/{path.name})" for path, run in runs.items()]
-    if place.startswith("eval/"):
-        links += [f"[probes](logs/{path.stem}-eval.json)" for path in runs]
+    links += [f"[probes](logs/{path.stem}-eval.json)" for path in runs if place.startswith("eval/")]
     return [method, data, commands, measured, *numbers, minutes, *map(", ".join, (machines, commits, links))]
 
 
-def table(logs, rows=ROWS):
-    """The table in markdown, between its two marks."""
+def readme(text, logs, rows=ROWS):
+    """README.md with both tables between their marks."""
+    names = {name for entry in rows if "earlier" not in entry[0] for name in entry[3].split()}
+    paths = sorted(path for name in names for path in logs.glob(name) if not re.search(VARIANTS, path.name))
     found = [cells for entry in rows if (cells := row(entry, logs))]
-    lines = [f"| {' | '.join(cells)} |" for cells in (TITLES, ["---"] * len(TITLES), *found)]
-    return "\n".join([BEGIN, "", *lines, "", END])
+    tables = {"short table": summary(map(read_run, paths)), "table": (TITLES, [found])}
+    for name, cells in tables.items():
+        begin, end = f"<!-- {name}: python results/report.py -->", f"<!-- end of {name} -->"
+        text = text[: text.index(begin)] + f"{begin}\n\n{markdown(*cells)}\n\n" + text[text.index(end) :]
+    return text
 
 
 if __name__ == "__main__":
-    text = (HERE / "README.md").read_text()
-    text = text[: text.index(BEGIN)] + table(HERE / "logs") + text[text.index(END) + len(END) :]
-    (HERE / "README.md").write_text(text)
+    (HERE / "README.md").write_text(readme((HERE / "README.md").read_text(), HERE / "logs"))

@@ -1,4 +1,4 @@
-"""results/report.py: the table is that of the logs, the figures of made-up logs by hand, rows without logs."""
+"""results/report.py: the tables are those of the logs, the figures of made-up logs by hand, rows without logs."""
 
 import json
 import re
@@ -23,19 +23,20 @@ def write(path, *records):
 @pytest.fixture
 def logs(tmp_path):
     """Two seeds of today's scripts, of which the second was resumed and did epoch 2 twice."""
-    about = {"command": "m.py", "commit": "abc1234", "hardware": "NVIDIA H200"}
+    about = {"command": "lsdc.py", "commit": "abc1234", "hardware": "NVIDIA H200"}
+    args = {"data": "digits", "arch": "lenet5", "image_size": 32}
     for seed, before, after in ((0, 0.5, 0.7), (1, 0.6, 0.9)):
         epochs = [{"epoch": e, "loss": 1.0, "seconds": 60 * (1 + seed)} for e in (1, 2, 2)[: 2 + seed]]
-        end = {"result": {"nmi_labels": after}, "baselines": {"random network": {"nmi_labels": before}}}
-        write(tmp_path / f"m-seed{seed}.jsonl", {**about, "args": {"seed": seed}}, *epochs, end)
+        end = {"result": {"nmi_labels": after, "clusters": 9, "empty": 1}}
+        end["baselines"] = {"random network": {"nmi_labels": before}}
+        write(tmp_path / f"m-seed{seed}.jsonl", {**about, "args": {**args, "seed": seed}}, *epochs, end)
     (tmp_path / "origin.json").write_text('{"m.jsonl": {"commit": "0000001", "hardware": "1 core"}}')
     return tmp_path
 
 
-def test_readme_has_the_table_of_the_logs():
+def test_readme_has_the_tables_of_the_logs():
     text = (RESULTS / "README.md").read_text()
-    stands_there = text[text.index(report.BEGIN) : text.index(report.END) + len(report.END)]
-    assert stands_there == report.table(RESULTS / "logs"), "run python results/report.py"
+    assert text == report.readme(text, RESULTS / "logs"), "run python results/report.py"
 
 
 def test_readme_links_to_every_log():
@@ -67,10 +68,46 @@ def test_an_earlier_log_and_its_evaluation(logs):
     assert report.row(entry, logs)[4:] == ["82.5 / 90.0"] * 2 + ["", "80", "1.2", "1 core", "0000001", links]
 
 
+def tables(logs, rows):
+    """The lines of the short table and of the long one, in a README that had others."""
+    long, short = (
+        [f"<!-- {x}: python results/report.py -->", f"<!-- end of {x} -->"] for x in ("table", "short table")
+    )
+    around = [f"a\n{short[0]}", f"{short[1]}\nb\n{long[0]}", f"{long[1]}\nc"]
+    parts = report.readme("\nold\n".join(around), logs, rows).split("\n\n")
+    assert parts[::2] == around
+    return [part.splitlines() for part in parts[1::2]]
+
+
+def test_both_tables_stand_between_their_marks(logs):
+    short, long = tables(logs, [ENTRY])
+    assert len(long) == 3 and "| 0.550 / 0.800 | 0.071 / 0.141 |" in long[2]
+    assert short == [  # in %; deviations as above
+        "| method | data, network | K, images | runs | NMI |",
+        "| --- | --- | --- | --- | --- |",
+        "| random network (LSD-C) | digits, lenet5 | 10, train | 2 | 55.0 ± 7.1 |",
+        "| LSD-C | digits, lenet5 | 10, train | 2 | 80.0 ± 14.1 |",
+    ]
+
+
 def test_a_row_without_logs_is_left_out(logs):
     absent = (*ENTRY[:3], "n-seed?.jsonl", *ENTRY[4:])
     assert report.row(absent, logs) is None
-    assert report.table(logs, [absent, ENTRY, absent]) == report.table(logs, [ENTRY])
+    assert tables(logs, [absent, ENTRY, absent]) == tables(logs, [ENTRY])
+
+
+def test_the_short_table_leaves_out_variants_and_earlier_scripts(logs):
+    text = (logs / "m-seed0.jsonl").read_text().replace("lsdc.py", "coke.py")
+    names = ["m-init-seed0.jsonl", "n.jsonl"]
+    rows = [
+        ENTRY,
+        (*ENTRY[:3], names[0], *ENTRY[4:]),
+        ("M, earlier script", *ENTRY[1:3], names[1], *ENTRY[4:]),
+    ]
+    for name in names:
+        (logs / name).write_text(text)
+    (short, long), (same, _) = tables(logs, rows), tables(logs, [ENTRY])
+    assert short == same and len(long) == 5
 
 
 def test_a_run_that_has_not_ended_is_named(logs):
