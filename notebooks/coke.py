@@ -22,11 +22,10 @@ from common import Loader, generator, label_scores, load_data, pixel_net, setup
 
 import matplotlib.pyplot as plt
 import torch
+import torch.nn.functional as F
 from torchvision.utils import make_grid
 
-plt.rcParams.update(
-    {"figure.dpi": 70, "figure.autolayout": True, "axes.spines.top": False, "axes.spines.right": False}
-)
+plt.rcParams.update({"figure.dpi": 70, "figure.autolayout": True})
 SEED = 0
 
 # %% [markdown]
@@ -36,12 +35,12 @@ SEED = 0
 # cluster the features by k-means, train the network to predict the clusters, and repeat. Two things are unpleasant:
 # k-means needs the features of *all* images at once, and clusters may run empty while the network changes. In the
 # worst case all images end up in one cluster, which is very easy to predict: a trivial solution.
-# **CoKe** clusters each batch as it comes, and guarantees that every cluster gets a least number of images.
+# **CoKe** clusters each batch as it comes, and sees to it that every cluster gets about a least number of images.
 
 # %%
 device = setup("cpu")
 data, test = load_data("digits")
-print(data, "to learn from, of", *data.pixels.shape[1:], "pixels;", len(test), "to test")
+print(f"{len(data)} images of 32 x 32 pixels to learn from, {len(test)} to test")
 
 
 def show(images):
@@ -81,8 +80,6 @@ angles = torch.tensor([5.0, 15, 25, 35, 42, 80]).deg2rad()
 points = torch.stack([angles.cos(), angles.sin()], 1)  # (6, 2)
 centers = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # (2, 2)
 duals = torch.zeros(2)
-print("x . c of each point and center:\n", (points @ centers.T).numpy().round(2))
-
 _, axes = plt.subplots(1, 4, figsize=(7, 2.1), sharey=True)
 for step, axis in enumerate(axes):
     y = coke.assign(points, centers, duals)
@@ -102,8 +99,12 @@ plt.show()
 # The network is LeNet-5 and two linear layers, giving 128 numbers. It gets two random crops ("views") of each image.
 
 # %%
-settings = "--data digits --k 10 --head 10 --ratio 0.9 --dual-lr 1 --temperature 0.1 --label-weight 0.5"
-args = coke.options([*settings.split(), "--seed", str(SEED)])
+args = coke.options(["--data", "digits", "--k", "10", "--head", "10", "--seed", str(SEED)])
+RATIO, ETA = (
+    0.9,
+    1.0,
+)  # r, how much of an equal share every cluster shall get, and the step of the dual variables
+T, A = 0.1, 0.5  # temperature and weight of the label, both of the loss below
 loader = Loader(data, 128, 32, 1.0, device, workers=0)  # batches of 128 images, 32 x 32 pixels
 loaders = {"train": loader, "test": Loader(test, 128, 32, 1.0, device, workers=0, training=False)}
 
@@ -129,19 +130,19 @@ print(inspect.getsource(coke.online_kmeans))
 
 # %%
 passes = {}
-for ratio in (0, args.ratio):
+for ratio in (0, RATIO):
     head = coke.new_head(10, 128, len(data), slots=1, gen=generator(SEED, "centers"))
     duals = []
     for index, views in batches():
         x, _ = net(views)
-        coke.online_kmeans(head, index, x.mean(0).detach(), ratio, args.dual_lr)
+        coke.online_kmeans(head, index, x.mean(0).detach(), ratio, ETA)
         duals.append(head["duals"])
     passes[ratio] = head["counts"]
 
 _, axes = plt.subplots(1, 2, figsize=(7, 2.4))
 axes[0].bar(torch.arange(10) - 0.2, passes[0].sort().values, 0.4, color="silver", label="r = 0")
-axes[0].bar(torch.arange(10) + 0.2, passes[0.9].sort().values, 0.4, label="r = 0.9")
-axes[0].axhline(0.9 * 1408 / 10, color="black", ls=":", label="r N / K")
+axes[0].bar(torch.arange(10) + 0.2, passes[RATIO].sort().values, 0.4, label="r = 0.9")
+axes[0].axhline(RATIO * 1408 / 10, color="black", ls=":", label="r N / K")
 axes[0].set(xlabel="clusters, the smallest first", title="images in each cluster", xticks=[], ylim=(0, 280))
 axes[0].legend(fontsize=8, frameon=False)
 axes[1].plot(torch.stack(duals), color="C0")
@@ -150,7 +151,8 @@ plt.show()
 
 # %% [markdown]
 # The dual variables lift the small clusters towards the bound, which the batches after that keep. They overshoot and
-# fall again: the bound holds up to about $\\sqrt{2N}$ images, says the paper's Theorem 1. The end of an epoch: the centers that the batches moved become those that the loss uses.
+# fall again: the bound holds up to about $\sqrt{2N}$ images, says the paper's Theorem 1. Then the epoch ends: the
+# centers that the batches moved become those that the loss uses.
 #
 # **The loss** is a cross-entropy. The target of an image is, by half, its label of the epoch before ($a = 0.5$), and
 # by half what the network says of its *other* view:
@@ -164,13 +166,11 @@ print(inspect.getsource(coke.coke_loss))
 # %%
 index, views = next(batches())
 x, p = net(views)
-T_and_a = args.temperature, args.label_weight
 label = head["labels"][index].long()  # (B, 1)
-other = (x[1] @ head["previous"].T / args.temperature).softmax(1).detach()
-target = 0.5 * torch.nn.functional.one_hot(label[:, 0], 10) + 0.5 * other
-loss = coke.coke_loss(x, p, head["previous"], label, torch.ones(128, 1), *T_and_a)
-print("loss of projections and predictions, view 1 and 2:\n", loss.detach().numpy().round(3))
-print("all clusters equally likely would give ln 10 = 2.303")
+other = (x[1] @ head["previous"].T / T).softmax(1).detach()
+target = A * F.one_hot(label[:, 0], 10) + (1 - A) * other
+loss = coke.coke_loss(x, p, head["previous"], label, torch.ones(128, 1), T, A)
+print(f"loss {loss.mean():.3f}; all clusters equally likely: ln 10 = 2.303")
 _, axes = plt.subplots(1, 4, figsize=(7, 1.9), width_ratios=[1, 3, 1, 3])
 for i in range(2):
     axes[2 * i].imshow(views[0][i, 0], cmap="gray")
@@ -188,16 +188,15 @@ plt.show()
 # %%
 random = coke.kmeans_scores(net.encoder[0], loaders, args)["acc_labels"]
 pixels = coke.kmeans_scores(pixel_net(32), loaders, args)["acc_labels"]
-EPOCHS = 20
 optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
 ones, curve, smallest = torch.ones(128, 1), [], []
 before = coke.predict(net, loader, [head])
 
-for _ in range(EPOCHS):
+for _ in range(20):
     for index, views in batches():
         x, p = net(views)
-        labels, _ = coke.online_kmeans(head, index, x.mean(0).detach(), args.ratio, args.dual_lr)
-        loss = coke.coke_loss(x, p, head["previous"], labels, ones, *T_and_a).mean()
+        labels, _ = coke.online_kmeans(head, index, x.mean(0).detach(), RATIO, ETA)
+        loss = coke.coke_loss(x, p, head["previous"], labels, ones, T, A).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -207,13 +206,13 @@ for _ in range(EPOCHS):
     curve.append(label_scores(test.labels, found)["acc_labels"])
 
 _, axes = plt.subplots(1, 2, figsize=(7, 2.4))
-axes[0].plot(range(1, EPOCHS + 1), curve, "o-", label="CoKe")
+axes[0].plot(range(1, 21), curve, "o-", label="CoKe")
 axes[0].axhline(pixels, color="gray", ls="--", label="k-means on pixels")
 axes[0].axhline(random, color="gray", ls=":", label="k-means on the random network")
 axes[0].set(xlabel="epoch", title="accuracy, test images", ylim=(0, 1))
 axes[0].legend(fontsize=8)
-axes[1].plot(range(1, EPOCHS + 1), smallest, "o-")
-axes[1].axhline(0.9 * 11 * 128 / 10, color="black", ls=":")
+axes[1].plot(range(1, 21), smallest, "o-")
+axes[1].axhline(RATIO * 1408 / 10, color="black", ls=":")
 axes[1].set(xlabel="epoch", title="smallest cluster; dotted: r N / K", ylim=(0, 140))
 plt.show()
 
@@ -235,10 +234,10 @@ print(f"accuracy of test images: CoKe {curve[-1]:.3f}, random network {random:.3
 # %% [markdown]
 # ## 5. Exercises, and the paper
 #
-# 1. Set `--ratio 0` and run again. What will the bars of the dual variables look like, what the smallest cluster?
-# 2. Set `--dual-lr 20`, the paper's value for batches of 1024 and thousands of clusters. Why do labels now change all
+# 1. Set `RATIO = 0` and run again. What will the curves of the dual variables look like, what the smallest cluster?
+# 2. Set `ETA = 20`, the paper's value for batches of 1024 and thousands of clusters. Why do labels now change all
 #    the time? (Look at $s_k$ of a batch: how far does one step move $\rho_k$, and how large is $x^\top c$ at most?)
 #
 # The paper's numbers: on CIFAR-10, clusters are right for 85.7 ± 0.2 % of the test images (supplementary 2.4); on
-# ImageNet, a linear classifier on ResNet-50 features reaches 74.9 % with two views, and 72.5 % with one. There every
-# network has heads of several $K$, three to five thousand clusters each; `python coke.py` uses 10 to 50 on the digits.
+# ImageNet, a linear classifier on ResNet-50 features reaches 74.9 % with two views, and 72.5 % with one (table 4).
+# There a network has several heads of thousands of clusters; `python coke.py` takes K = 10, 20, .. 50 on the digits.
