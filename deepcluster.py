@@ -13,6 +13,7 @@ Symbols: N images, B batch (--batch-size, over all processes), D feature size, P
 
     python deepcluster.py                                            laptop: digits, no download, no GPU
     python deepcluster.py --data fashionmnist                        Deep Dive, 10 minutes on 2 cores
+    python deepcluster.py --data cifar10 --arch lenet5               10 minutes on a CPU; leave out --arch with a GPU
     python deepcluster.py --data my/photos                           a folder of images, no labels needed
     python deepcluster.py --data my/photos --init imagenet           a few hundred of them: from trained weights
     torchrun --nproc_per_node=8 deepcluster.py --data data/imagenet --arch vgg16 --k 10000   the paper's run
@@ -37,7 +38,7 @@ Departs from the paper and its code, on purpose:
  7. Deep Dive: its text trains on center crops with flips (--train-crop center), its code on random ones without
     (--no-flip); ours: random, flipped. After halting its code starts a new head in every cycle (--reset-head), ours
     keeps it; its head has momentum, ours has none. Its LeNet and small AlexNet: see PLANS in common.py.
- 8. digits, mnist, cifar100-20 and stl10 have no recipe in either paper: theirs are ours. ResNet B's linear layers
+ 8. digits, mnist, cifar100-20, stl10 and LeNet-5 on cifar10 are in neither paper: recipes are ours. ResNet B's layers
     have the AlexNet's dropout (not printed).
 """
 
