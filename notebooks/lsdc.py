@@ -201,10 +201,10 @@ top, found = probability.softmax(1).max(1)
 rows = []
 for k in range(K):
     members = (found == k).nonzero()[:, 0]
-    best = test.pixels[members[top[members].argsort(descending=True)[:12]]]
-    rows.append(torch.cat([best, best.new_zeros(12 - len(best), 1, 32, 32)]))
-plt.figure(figsize=(4, 3))
-plt.imshow(make_grid(torch.cat(rows), 12, pad_value=255)[0], cmap="gray")
+    best = test.pixels[members[top[members].argsort(descending=True)[:10]]]
+    rows.append(torch.cat([best, best.new_zeros(10 - len(best), 1, 32, 32)]))
+plt.figure(figsize=(3, 3))
+plt.imshow(make_grid(torch.cat(rows), 10, pad_value=255)[0], cmap="gray")
 plt.axis("off")
 plt.show()
 print(f"accuracy of test images: LSD-C {curve[-1]:.3f}, random network {random:.3f}, pixels {pixels:.3f}")

@@ -1,4 +1,7 @@
-"""The lectures in notebooks/: each runs to its end as a script and learns; what is stored is what the script says."""
+"""The lectures in notebooks/: each runs to its end as a script and learns; what is stored is what the script says.
+
+A notebook is made by `jupytext --set-kernel python3 --to ipynb --execute notebooks/NAME.py`.
+"""
 
 import json
 import os
@@ -12,7 +15,7 @@ from jobs import ONE_THREAD
 
 ROOT = Path(__file__).resolve().parent.parent
 # Notebook -> by how much its last figure exceeds the random network's, at least: half of the least of three seeds, or less.
-GAIN = {"coke": 0.15, "deepcluster": 0.03, "lsdc": 0.15, "local_aggregation": 0.01}
+GAIN = {"coke": 0.15, "deepcluster": 0.03, "lsdc": 0.13, "local_aggregation": 0.004}
 
 
 def figures(line):
@@ -40,7 +43,7 @@ def test_lectures_run_as_scripts_and_learn(name):
     folder = ROOT / "notebooks" if name in ("coke", "lsdc") else ROOT
     command = [sys.executable, str(ROOT / "notebooks" / f"{name}.py")]
     environment = {**os.environ, **ONE_THREAD, "MPLBACKEND": "Agg"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     trained, random, pixels = figures(done.stdout.splitlines()[-1])
     assert trained > random + GAIN[name] and 0.5 < pixels < 1
