@@ -29,13 +29,15 @@ sys.path.insert(0, str(HERE.parent))
 
 from extras.table import markdown, read_run, spread, summary  # noqa: E402
 
-VARIANTS = "init|ratio0|-1-|-multi-"  # in names of logs
+VARIANTS = "init|ratio|consistency|layers|ricap|nomix|-1-|-multi-"  # in names of logs
 TITLES = ["method", "data, network", "command", "what is measured", "seeds, one by one", "mean", "deviation"]
 TITLES += ["the paper's", "minutes a run", "hardware", "commit", "logs"]
 CPU = "2 cores of an AMD EPYC, no GPU"  # of all runs on a CPU; logs do not name it
 
 # fmt: off
 DIGITS, MNIST, FASHION, CIFAR = "digits, LeNet-5", "MNIST, LeNet-5", "Fashion-MNIST, LeNet-5", "CIFAR-10, small AlexNet"
+LENET_CIFAR = "CIFAR-10 (compressed once more), LeNet-5"
+CIFAR_FLAGS = "--data data/cifar10 --recipe cifar10 --arch lenet5 --seed S"
 PHOTOS = "1,000 photographs of 10 kinds (ImageNet), LeNet-5 at 64 pixels"
 BUSY, THREAD = "beside other work", "one thread, beside other work"
 BORDERS = "deepcluster-fashionmnist-epoch-borders-seed?.jsonl"
@@ -44,6 +46,8 @@ NMI3_AT = "{baselines/random network,baselines/pixels,result}/nmi_labels"
 PROBES, PROBES_AT = "probes on conv1 / conv2, test images, %", "eval/stages/conv{1,2}/test_last"
 KNN, KNN_AT = "kNN in the last features, K = 1 / 200, test images, %", "eval/knn/last feature/{1,200}"
 BANK, CROPS = "kNN in the memory bank, K = 1 / 200, test images, %", "kNN in center crops, K = 1 / 200, test images, %"
+CROPS2 = "kNN in center crops, K = 1 / 200, test images, %: random network, then pixels"
+CROPS2_AT = "knn/{random network/knn_1,random network/knn_200,pixels/knn_1,pixels/knn_200}"
 BANK_AT, CROPS_AT = "knn/memory bank/{knn_1,knn_200}", "knn/center crops/{knn_1,knn_200}"
 BANK_OLD, CROPS_OLD = "result/knn/{1,200}", "result/knn_centre_crops/{1,200}"
 TEST, ALL = "ACC / NMI / ARI of 10 clusters, test images, %", "ACC / NMI / ARI of 10 clusters, all images, %"
@@ -71,7 +75,7 @@ ROWS = [
     ("DeepCluster, earlier script", CIFAR, "python deepcluster.py --data data/cifar10 --recipe cifar10 --initial-alignment 10", "initial-alignment-cifar10.jsonl", "Initial Alignment: NMI of labels and a random network's clusters, K = 1000, seeds 0 to 9", "initial_alignment", ".3f", "0.065 to 0.085", BUSY),
     ("Local Aggregation", DIGITS, "python local_aggregation.py --seed S", "local_aggregation-digits-la-seed?.jsonl", BANK, BANK_AT, ".1%", "none", THREAD),
     ("Local Aggregation", DIGITS, "python local_aggregation.py --seed S", "local_aggregation-digits-la-seed?.jsonl", CROPS, CROPS_AT, ".1%", "none", THREAD),
-    ("Local Aggregation", DIGITS, "python local_aggregation.py --seed S", "local_aggregation-digits-la-seed?.jsonl", "kNN in center crops, K = 1 / 200, test images, %: random network, then pixels", "knn/{random network/knn_1,random network/knn_200,pixels/knn_1,pixels/knn_200}", ".1%", "none", THREAD),
+    ("Local Aggregation", DIGITS, "python local_aggregation.py --seed S", "local_aggregation-digits-la-seed?.jsonl", CROPS2, CROPS2_AT, ".1%", "none", THREAD),
     ("instance recognition", DIGITS, "python local_aggregation.py --seed S --loss ir", "local_aggregation-digits-ir-seed?.jsonl", BANK, BANK_AT, ".1%", "none", THREAD),
     ("instance recognition", DIGITS, "python local_aggregation.py --seed S --loss ir", "local_aggregation-digits-ir-seed?.jsonl", CROPS, CROPS_AT, ".1%", "none", THREAD),
     ("Local Aggregation, earlier script", FASHION, "python local_aggregation.py --data fashionmnist --seed S; python eval_linear.py RUN", "local_aggregation-fashionmnist.jsonl", BANK, BANK_OLD, ".1%", "none", BUSY),
@@ -86,6 +90,10 @@ ROWS = [
     ("CoKe, two views", DIGITS, "python coke.py --seed S", "coke-digits-2-seed?.jsonl", SIZES, "result/{smallest,largest}", ".0f", "none", THREAD),
     ("CoKe, two views, no bound", DIGITS, "python coke.py --ratio 0 --seed S", "coke-digits-2-ratio0-seed?.jsonl", TEST, COKE_AT, ".1%", "none", THREAD),
     ("CoKe, two views, no bound", DIGITS, "python coke.py --ratio 0 --seed S", "coke-digits-2-ratio0-seed?.jsonl", SIZES, "result/{smallest,largest}", ".0f", "none", THREAD),
+    ("CoKe, two views, half the bound", DIGITS, "python coke.py --ratio 0.4 --seed S", "coke-digits-2-ratio0.4-seed?.jsonl", TEST, COKE_AT, ".1%", "none", THREAD),
+    ("CoKe, two views, half the bound", DIGITS, "python coke.py --ratio 0.4 --seed S", "coke-digits-2-ratio0.4-seed?.jsonl", SIZES, "result/{smallest,largest}", ".0f", "none", THREAD),
+    ("CoKe, two views, equal sizes", DIGITS, "python coke.py --ratio 1 --seed S", "coke-digits-2-ratio1-seed?.jsonl", TEST, COKE_AT, ".1%", "none", THREAD),
+    ("CoKe, two views, equal sizes", DIGITS, "python coke.py --ratio 1 --seed S", "coke-digits-2-ratio1-seed?.jsonl", SIZES, "result/{smallest,largest}", ".0f", "none", THREAD),
     ("CoKe, one view", DIGITS, "python coke.py --views 1 --seed S", "coke-digits-1-seed?.jsonl", TEST, COKE_AT, ".1%", "none", THREAD),
     ("CoKe, two views and six local crops", DIGITS, "python coke.py --views multi --seed S", "coke-digits-multi-seed?.jsonl", TEST, COKE_AT, ".1%", "none", THREAD),
     ("CoKe, two views, earlier script", FASHION, "python coke.py --data fashionmnist --seed S", "coke-fashionmnist.jsonl coke-fashionmnist-seed?.jsonl", TEST, COKE_AT, ".1%", "none", "the first two beside other work"),
@@ -93,6 +101,10 @@ ROWS = [
     ("CoKe, one view, earlier script", FASHION, "python coke.py --data fashionmnist --views 1 --seed S", "coke-fashionmnist-1.jsonl coke-fashionmnist-1-seed?.jsonl", TEST, COKE_AT, ".1%", "none", "the first and the last beside other work"),
     ("LSD-C, kNN", DIGITS, "python lsdc.py --seed S", "lsdc-digits-seed?.jsonl", TEST, LSDC_TEST, ".1%", "none", THREAD),
     ("LSD-C, kNN", DIGITS, "python lsdc.py --seed S", "lsdc-digits-seed?.jsonl", KMEANS2, "result/baselines/{random network/test,pixels/test}/acc_labels", ".1%", "none", THREAD),
+    ("LSD-C, no consistency", DIGITS, "python lsdc.py --consistency 0 --seed S", "lsdc-digits-consistency0-seed?.jsonl", TEST, LSDC_TEST, ".1%", "none", THREAD),
+    ("LSD-C, two layers", DIGITS, "python lsdc.py --classifier-layers 2 --seed S", "lsdc-digits-layers2-seed?.jsonl", TEST, LSDC_TEST, ".1%", "none", THREAD),
+    ("LSD-C, RICAP", DIGITS, "python lsdc.py --mix ricap --seed S", "lsdc-digits-ricap-seed?.jsonl", TEST, LSDC_TEST, ".1%", "none", THREAD),
+    ("LSD-C, nothing mixed", DIGITS, "python lsdc.py --mix none --seed S", "lsdc-digits-nomix-seed?.jsonl", TEST, LSDC_TEST, ".1%", "none", THREAD),
     ("LSD-C, kNN", MNIST, "python lsdc.py --data mnist --seed S", "lsdc-mnist-seed?.jsonl", ALL, LSDC_ALL, ".1%", "not printed", THREAD),
     ("LSD-C, kNN", MNIST, "python lsdc.py --data mnist --seed S", "lsdc-mnist-seed?.jsonl", "ACC of k-means: random network / RotNet / pixels, all images, %", "result/baselines/{random network,pretrained network,pixels}/both/acc_labels", ".1%", "none", THREAD),
     ("RotNet, 3 epochs, earlier script", MNIST, "python lsdc.py --data mnist --epochs 1 --out runs/lsdc-mnist-rotnet", "lsdc-mnist-rotnet.jsonl", "ACC of k-means on the features of the random network / of RotNet, all images, %", "result/baselines/{untrained,pretrained}/both/acc_labels", ".1%", "none", BUSY),
@@ -109,6 +121,16 @@ ROWS = [
     ("CoKe, two views, from weights of CIFAR-10", PHOTOS, "python coke.py --data data/imagenette-mini/train --init RUN --epochs 6", "coke-photos-init-seed?.jsonl", "NMI of 10 clusters and kinds: k-means on the start / pixels / trained", "{baselines/local_aggregation initialization,baselines/pixels,result/heads/0/train}/nmi_labels", ".3f", "none", THREAD),
     ("DeepCluster", PHOTOS, "python deepcluster.py --data data/imagenette-mini/train --seed S", "deepcluster-photos-seed?.jsonl", "NMI of 100 clusters and kinds: random network / pixels / trained", NMI3_AT, ".3f", "none", THREAD),
     ("LSD-C", PHOTOS, "python lsdc.py --data data/imagenette-mini/train --seed S", "lsdc-photos-seed?.jsonl", "NMI of 10 clusters and kinds: random network / pixels / RotNet / trained", "result/{baselines/random network/train,baselines/pixels/train,baselines/RotNet/train,scores/train}/nmi_labels", ".3f", "none", THREAD),
+    ("DeepCluster", LENET_CIFAR, f"python deepcluster.py {CIFAR_FLAGS}", "deepcluster-cifar10-seed?.jsonl", "NMI of 100 clusters and labels, training images: random network / pixels / trained", NMI3_AT, ".3f", "none", THREAD),
+    ("DeepCluster", LENET_CIFAR, f"python deepcluster.py {CIFAR_FLAGS}; python eval_linear.py RUN", "deepcluster-cifar10-seed?.jsonl", PROBES, PROBES_AT, ".2%", "none", THREAD),
+    ("random network", LENET_CIFAR, "python eval_linear.py --random lenet5 --data data/cifar10", "random-lenet5-cifar10-eval.json", PROBES, "stages/conv{1,2}/test_last", ".2%", "none", THREAD),
+    ("Local Aggregation", LENET_CIFAR, f"python local_aggregation.py {CIFAR_FLAGS}", "local_aggregation-cifar10-seed?.jsonl", CROPS, CROPS_AT, ".1%", "none", THREAD),
+    ("Local Aggregation", LENET_CIFAR, f"python local_aggregation.py {CIFAR_FLAGS}", "local_aggregation-cifar10-seed?.jsonl", CROPS2, CROPS2_AT, ".1%", "none", THREAD),
+    ("instance recognition", LENET_CIFAR, f"python local_aggregation.py {CIFAR_FLAGS} --loss ir", "local_aggregation-cifar10-ir-seed?.jsonl", CROPS, CROPS_AT, ".1%", "none", THREAD),
+    ("CoKe, two views", LENET_CIFAR, f"python coke.py {CIFAR_FLAGS}", "coke-cifar10-seed?.jsonl", TEST, COKE_AT, ".1%", "ResNet-18: 85.7 / 76.6 / 73.2", THREAD),
+    ("CoKe, two views", LENET_CIFAR, f"python coke.py {CIFAR_FLAGS}", "coke-cifar10-seed?.jsonl", KMEANS2, "baselines/{random network,pixels}/acc_labels", ".1%", "none", THREAD),
+    ("LSD-C, kNN", LENET_CIFAR, f"python lsdc.py {CIFAR_FLAGS}", "lsdc-cifar10-seed?.jsonl", TEST, LSDC_TEST, ".1%", "ResNet-18: ACC 81.7", THREAD),
+    ("LSD-C, kNN", LENET_CIFAR, f"python lsdc.py {CIFAR_FLAGS}", "lsdc-cifar10-seed?.jsonl", "ACC of k-means: random network / RotNet / pixels, test images, %", "result/baselines/{random network,RotNet,pixels}/test/acc_labels", ".1%", "RotNet of ResNet-18: 14.3", THREAD),
 ]
 # fmt: on
 
