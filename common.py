@@ -1111,7 +1111,7 @@ class Run:
         if epoch in (math.ceil(epochs / 5), epochs) and record["loss"] > 0.98 * uniform:
             print_once(
                 f"WARNING: the loss is {record['loss']:.3f}, that of a uniform prediction {uniform:.3f}: nothing is "
-                "learnt. More steps (a smaller --batch-size, more --epochs), another --lr, or --init"
+                "learnt so far. More steps (a smaller --batch-size, more --epochs), another --lr, or --init"
             )
 
     def save(self, state, backbone, loader, **more):

@@ -102,7 +102,7 @@ class Server:
         for job in {job.folder: job for job in self.jobs}.values():
             job.kill()
         self.process.stdin.close()
-        self.process.wait(10)
+        self.process.wait(60)
 
 
 class Job:

@@ -3,6 +3,7 @@
 A notebook is made by `jupytext --set-kernel python3 --to ipynb --execute notebooks/NAME.py`.
 """
 
+import base64
 import json
 import os
 import re
@@ -67,3 +68,13 @@ def test_stored_notebooks_are_the_scripts_with_their_outputs(name):
     trained, random, _ = figures("".join(outputs[-1]["text"]).splitlines()[-1])
     assert trained > random + GAIN[name]
     assert path.stat().st_size < 300 * 1024
+
+
+def test_pictures_of_the_readme_are_outputs_of_a_notebook():
+    cells = json.loads((ROOT / "notebooks" / "lsdc.ipynb").read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    drawn = [
+        base64.b64decode("".join(o["data"]["image/png"])) for o in outputs if "image/png" in o.get("data", {})
+    ]
+    for name in ("pairs-first.png", "pairs-after.png"):
+        assert name in (ROOT / "README.md").read_text() and (ROOT / "results" / name).read_bytes() in drawn
