@@ -51,7 +51,7 @@ Departs from the paper and the authors' code, on purpose:
 11. Networks are the other scripts': batch norm in all linear layers, a ReLU before the projector where the network has
     none. ResNets up to 64 pixels: 3x3 stem, no pooling. No weight decay for biases and batch norm, nor with SGD.
 12. cifar10, cifar100-20: what the paper leaves open is ours: momentum 0.9, weight decay 1e-4, 10 warm-up epochs and
-    cosine, no blur. The other recipes are ours; of color images only LeNet-5's on CIFAR-10 was run to the end.
+    cosine, no blur. The other recipes are ours; of color images only LeNet-5's were run to the end.
 """
 
 import copy
@@ -75,8 +75,8 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% recipes and options
-# Data set (or data-views, data-arch) -> hyper-parameters. imagenet: the paper's runs (supplementary 2.1, main tables, code);
-# cifar10 and cifar100-20: its clustering runs (supplementary 2.4). The others are ours. Flags override.
+# Data set (or data-views, data-arch) -> hyper-parameters. imagenet: the paper's runs (supplementary 2.1, main tables,
+# code); cifar10 and cifar100-20: its clustering runs (supplementary 2.4). The others are ours. Flags override.
 
 IMAGENET = {
     "arch": "resnet50", "k": [3000, 4000, 5000], "epochs": 1000, "batch_size": 1024, "lr": 1.6, "wd": 1e-6,
@@ -131,7 +131,7 @@ def options(argv=None):
     share, count, positive = number(float, 0, 1), number(int, 1), number(float, 1e-4)
     # fmt: off
     g = p.add_argument_group("training")
-    g.add_argument("--recipe", choices=sorted({name.removesuffix("-1").removesuffix("-multi") for name in RECIPES}), help="whose defaults to take; None: those of --data")
+    g.add_argument("--recipe", choices=sorted({name.removesuffix("-1").removesuffix("-multi") for name in RECIPES}), help="whose defaults to take, with --arch those of RECIPE-ARCH if there are some; None: those of --data")
     g.add_argument("--arch", choices=ARCHS, help="network")
     g.add_argument("--epochs", type=count, help="passes over the data with training, --init-epochs not among them; the learning rate falls to 0 over them")
     g.add_argument("--batch-size", type=number(int, 2), help="images per step, over all processes; with another one than the recipe's change --lr, too [supplementary 2.1]")

@@ -43,7 +43,7 @@ Departs from the papers and their code, on purpose:
  7. Colors are jittered before, not after, a fifth of the images turn gray, in one order for a batch. Random crops of
     data in memory are bilinear without antialiasing. An epoch's last incomplete batch is dropped.
  8. On GPUs the network trains in bf16 autocast (--no-amp). Bank, neighbors and k-means are float32.
- 9. Recipes of data other than ImageNet are ours; of color images only LeNet-5's on CIFAR-10 was run to the end.
+ 9. Recipes of data other than ImageNet are ours; of color images only LeNet-5's were run to the end.
 """
 
 import copy
@@ -110,7 +110,7 @@ def options(argv=None):
     share, count = number(float, 0, 1), number(int, 1)
     # fmt: off
     g = p.add_argument_group("training")
-    g.add_argument("--recipe", choices=sorted(RECIPES), help="whose defaults to take; None: those of --data")
+    g.add_argument("--recipe", choices=sorted(RECIPES), help="whose defaults to take, with --arch those of RECIPE-ARCH if there are some; None: those of --data")
     g.add_argument("--arch", choices=ARCHS, help="network")
     g.add_argument("--epochs", type=count, help="passes over the data, those of --ir-epochs among them; a longer run may continue a finished one")
     g.add_argument("--batch-size", type=number(int, 2), help="images per step, over all processes [4]")

@@ -35,8 +35,8 @@ Departs from the paper and its code, on purpose:
  3. On several processes pairs and mixed samples are those of the whole batch, with gradients to all (the paper: one
     GPU). Batch norm is over all GPUs; several processes on CPUs each normalize their own part of a batch.
  4. The paper learns from training and test images together (--train-on both), recipes of ours from training images.
- 5. LeNet-5 and three epochs of RotNet for MNIST, 500-500-2000 for Reuters, batch norm in both, and the hidden layer of
-    --classifier-layers 2, as wide as the features, are ours. ResNets have a 3x3 stem up to 96 pixels.
+ 5. LeNet-5 on CIFAR-10 and, with three epochs of RotNet, on MNIST, 500-500-2000 for Reuters, batch norm in both, and
+    the hidden layer of --classifier-layers 2, as wide as the features, are ours. ResNets: 3x3 stem up to 96 pixels.
  6. A vector has no crops: its three views are equal, and the table's lambda of 25 for Reuters nothing to act on.
  7. Rounding does not bring 1 - P below 0. Weights start as in the other scripts; --init brings mean and deviation.
  8. On GPUs networks, features too, run in bf16 autocast (--no-amp). Resized crops in memory are not antialiased.
@@ -66,8 +66,8 @@ from torch import nn
 from torchvision.transforms import v2
 
 # %% recipes and options
-# Data set (or data-arch) -> hyper-parameters of the supplementary's table 1 and of the code. Ours is what they leave open: all but
-# the schedule, batch and neighbors of mnist, and what is marked below. Flags override.
+# Data set (or data-arch) -> hyper-parameters of the supplementary's table 1 and of the code. Ours is what they leave
+# open: all but the schedule, batch and neighbors of mnist, and what is marked below. Flags override.
 
 PAPER = {
     "arch": "resnet18", "k": 10, "epochs": 220, "batch_size": 256, "lr": 0.1, "optimizer": "sgd",
@@ -93,7 +93,8 @@ RECIPES = {
                 "image_size": 1, "train_on": "train", "pretrain": "none"},
     "svhn": {**PAPER, "flip": False, "train_on": "train"},  # from here on ours
     "cifar10-lenet5": {**PAPER, "arch": "lenet5", "epochs": 6, "lr_steps": [3, 5], "ramp_up": 6, "consistency": 1.0,
-                       "freeze_stages": 0, "num_neighbors": 5, "pad": 2, "pretrain_epochs": 10, "pretrain_lr_steps": [4, 8]},
+                       "freeze_stages": 0, "num_neighbors": 5, "pad": 2, "train_on": "train", "pretrain_epochs": 10,
+                       "pretrain_lr_steps": [4, 8]},
     "fashionmnist": {**SMALL, "epochs": 12, "lr_steps": [7, 10], "ramp_up": 10, "image_size": 28, "flip": True,
                      "train_on": "train"},
     "digits": {**SMALL, "epochs": 100, "lr_steps": [75, 90], "ramp_up": 50, "freeze_stages": 0, "pad": 0,
@@ -124,7 +125,7 @@ def options(argv=None):
     share, count, from_0 = number(float, 0, 1), number(int, 1), number(float, 0)
     # fmt: off
     g = p.add_argument_group("training")
-    g.add_argument("--recipe", choices=sorted(RECIPES), help="whose defaults to take; None: those of --data")
+    g.add_argument("--recipe", choices=sorted(RECIPES), help="whose defaults to take, with --arch those of RECIPE-ARCH if there are some; None: those of --data")
     g.add_argument("--arch", choices=[*ARCHS, "mlp"], help="network; mlp for vectors")
     g.add_argument("--epochs", type=count, help="passes over the data in clustering, after those of RotNet [supplementary, table 1]")
     g.add_argument("--batch-size", type=number(int, 2), help="images per step, over all processes: their pairs are what is learnt from [supplementary 1, table 5]")

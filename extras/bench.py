@@ -143,7 +143,8 @@ def kmeans(run, device):
         by_sklearn = lambda: KMeans(k, init=first, n_init=1, max_iter=20, tol=0).fit_predict(rows)
         ours = lambda: common.kmeans(x, k, gen())
         yield Case(f"kmeans N={n} D={d} K={k}, faiss", ours, by_faiss)
-        yield Case(f"kmeans N={n} D={d} K={k}, scikit-learn", ours, by_sklearn)
+        if device.type == "cpu":
+            yield Case(f"kmeans N={n} D={d} K={k}, scikit-learn", ours, by_sklearn)
 
 
 def pca(run, device):
@@ -161,7 +162,8 @@ def pca(run, device):
         by_sklearn = lambda: normalize(plain.fit_transform(rows), copy=False)
         ours = lambda: deepcluster.whiten(x, *deepcluster.pca(x, p, None))
         yield Case(f"pca + whiten N={n} D={d} P={p}, faiss", ours, by_faiss)
-        yield Case(f"pca + whiten N={n} D={d} P={p}, scikit-learn", ours, by_sklearn)
+        if device.type == "cpu":
+            yield Case(f"pca + whiten N={n} D={d} P={p}, scikit-learn", ours, by_sklearn)
 
 
 def augmentation(run, device):

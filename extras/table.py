@@ -22,17 +22,18 @@ from itertools import groupby
 from pathlib import Path
 from statistics import mean, stdev
 
-from common import MAY_CHANGE, error
+from common import MAY_CHANGE, SETS, error
 
 METHODS = {"deepcluster": "DeepCluster", "local_aggregation": "Local Aggregation"}
 METHODS |= {"coke": "CoKe", "lsdc": "LSD-C"}
 SCORES = {"ACC": "acc_labels", "NMI": "nmi_labels", "ARI": "ari_labels"}
 FOLLOW = {"seed", "start", "normalize", "meta"}  # the seed, and arguments that follow from --init
 NETWORK = ("arch", "image_size", "center_fraction", "sobel", "dim")
-SHARED = {"chance": (), "pixels": ("image_size", "center_fraction", "init"), "random network": NETWORK}
-Row = namedtuple(
-    "Row", "data images k name network apart"
-)  # apart: arguments (key, value) that make it another row
+NETWORK += ("pca", "clustering", "resnet_head", "train_on")
+SHARED = {"chance": (), "pixels": ("image_size", "center_fraction", "init", "train_on")}
+SHARED["random network"] = NETWORK
+# apart: arguments (key, value) that make it another row
+Row = namedtuple("Row", "data images k name network apart")
 
 
 def read_run(path):
@@ -49,8 +50,8 @@ def spread(numbers):
 
 
 def data_of(args):
-    path = Path(args["data"])
-    return path.parent.name if path.name == "train" else path.name
+    name = args["data"]
+    return name if name in SETS else f"folder {Path(name.rstrip('/').removesuffix('/train')).name}"
 
 
 def method_of(first):
@@ -79,7 +80,8 @@ def scores_of(first, last, evals):
         row = method + f" on {data_of(args)}" * (data_of(args) != data)
         for space, part in ({"last feature": knn} if "1" in knn else knn).items():
             at = row if space == main else space if space in {*parts, *SHARED} else f"{row}, {space}"
-            found[at] = found.get(at, {}) | {f"kNN, K={k.removeprefix('knn_')}": x for k, x in part.items()}
+            part = {f"kNN, K={k.removeprefix('knn_')}": x for k, x in part.items() if k[-1].isdigit()}
+            found[at] = found.get(at, {}) | part
         other = args.get("protocol", "deepcluster").replace("deepcluster", "")
         for stage, part in one.get("stages", {}).items():
             title = "fine-tuned" if other == "finetune" else f"{stage} {other}".strip()
@@ -92,6 +94,7 @@ def collect(runs):
     rows = {}
     for log, evals in runs:
         args, seed, (method, own) = log[0]["args"], log[0]["args"]["seed"], method_of(log[0])
+        args = {"train_on": "train", **args}  # as the others than LSD-C do
         command = log[0]["command"].replace(f"seed{seed}", "seedS")
         found, images, k = scores_of(log[0], log[-1], evals)
         for name, scores in found.items():
@@ -101,9 +104,7 @@ def collect(runs):
             shown = name if name in networks or name.startswith(own) else f"{name} ({method})"
             row = Row(data_of(args), images, k, shown, networks.get(name, f", {args['arch']}"), apart)
             seeds = rows.setdefault(row, [])
-            same = [
-                x for s, x, _ in seeds if s == seed and all(x.get(key, y) == y for key, y in scores.items())
-            ]
+            same = [x for s, x, _ in seeds if s == seed and x | scores == scores | x]
             if same:
                 same[0].update(scores)
             elif scores:

@@ -60,7 +60,7 @@ show(data.pixels[:20])
 # \qquad\qquad
 # \rho_k \leftarrow \max\Big(0,\; \rho_k - \eta \big(s_k - \tfrac{r}{K}\big)\Big)$$
 #
-# - $x_i$: the embedding of image $i$, of unit length; $c_k$: the center of cluster $k$ of $K$, of unit length
+# - $x_i$: the embedding of image $i$, of unit length (of several views, their mean); $c_k$: the center of cluster $k$ of $K$, of unit length
 # - $y_i$: the cluster that the image gets
 # - $\rho_k$: the *dual variable* of cluster $k$, a bonus for choosing it
 # - $s_k$: the share of the batch that cluster $k$ got; $r$: every cluster shall get at least $r/K$; $\eta$: a step size
@@ -122,7 +122,7 @@ print("a view:", *views[0].shape, " embeddings:", *x.shape, " predictions, see b
 show(torch.cat([view[:10] for view in views]) * loader.std * 255 + loader.mean * 255)
 
 # %% [markdown]
-# The first pass trains nothing: every image gets its first label. All that CoKe remembers is in `head`: centers,
+# The first pass trains nothing: nearly every image gets its first label. All that CoKe remembers is in `head`: centers,
 # dual variables, counts, a label for each image. `online_kmeans` assigns a batch and moves all of them.
 
 # %%
@@ -151,7 +151,7 @@ plt.show()
 
 # %% [markdown]
 # The dual variables lift the small clusters towards the bound, which the batches after that keep. They overshoot and
-# fall again: the bound holds up to about $\sqrt{2N}$ images, says the paper's Theorem 1. Then the epoch ends: the
+# fall again: the bound is missed by some $\sqrt{2N}$ images (Theorem 1, for a suitable $\eta$). Then the epoch ends: the
 # centers that the batches moved become those that the loss uses.
 #
 # **The loss** is a cross-entropy. The target of an image is, by half, its label of the epoch before ($a = 0.5$), and
@@ -235,9 +235,9 @@ print(f"accuracy of test images: CoKe {curve[-1]:.3f}, random network {random:.3
 # ## 5. Exercises, and the paper
 #
 # 1. Set `RATIO = 0` and run again. What will the curves of the dual variables look like, what the smallest cluster?
-# 2. Set `ETA = 20`, the paper's value for batches of 1024 and thousands of clusters. Why do labels now change all
+# 2. Set `ETA = 20`, the authors' value for batches of 1024 and thousands of clusters. Why do labels now change all
 #    the time? (Look at $s_k$ of a batch: how far does one step move $\rho_k$, and how large is $x^\top c$ at most?)
 #
 # The paper's numbers: on CIFAR-10, clusters are right for 85.7 ± 0.2 % of the test images (supplementary 2.4); on
-# ImageNet, a linear classifier on ResNet-50 features reaches 74.9 % with two views, and 72.5 % with one (table 4).
+# ImageNet, a linear classifier on ResNet-50 features reaches 74.9 % with two views, and 72.5 % with one (supplementary, table 4).
 # There a network has several heads of thousands of clusters; `python coke.py` takes K = 10, 20, .. 50 on the digits.

@@ -221,8 +221,8 @@ print(
 # ## 5. Exercises, and the paper
 #
 # 1. Keep the head from epoch to epoch (make it once, before the loop). What does the loss do, and why?
-# 2. Leave the whitening out: `z = x`. Which clusters grow?
-# 3. `K = 10`, as many as there are digits. Is it better? The paper finds 10,000 clusters best for the 1,000 classes
+# 2. Leave whitening and unit length out: `z = x`. What happens to NMI?
+# 3. `K = 10`, as many as there are digits. Is it better than the random network at the same K? The paper finds 10,000 clusters best for the 1,000 classes
 #    of ImageNet.
 #
 # The paper's numbers: on ImageNet, NMI of an epoch's clusters with the next one's rises and "saturates below 0.8", so

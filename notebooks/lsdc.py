@@ -5,6 +5,7 @@
 # Everything is computed by the functions of [lsdc.py](../lsdc.py); a CPU is enough.
 
 # %%
+import copy
 import inspect
 import os
 import subprocess
@@ -20,7 +21,8 @@ sys.path.insert(0, os.path.abspath("." if os.path.exists("common.py") else "..")
 import lsdc
 
 from common import (  # isort: skip
-    Loader, View, extract, generator, kmeans, label_scores, load_data, make_backbone, nearest, pixel_net, setup,
+    Loader, View, extract, fill_batch_norm, generator, kmeans, label_scores, load_data, make_backbone, nearest,
+    pixel_net, setup,
 )  # fmt: skip
 
 import matplotlib.pyplot as plt
@@ -57,7 +59,7 @@ plt.show()
 #
 # - $p_i$: probabilities of the $K$ clusters for image $i$ of a batch of $B$; $p_i^\top p_j$: the probability that
 #   images $i$ and $j$ are in the same cluster
-# - $S_{ij}$: 1 if $i$ is among the nearest neighbors of $j$ in the batch, or $j$ among those of $i$, else 0: the
+# - $S_{ij}$: 1 if $i$ is among the nearest neighbors of $j$ in the batch, or $j$ among those of $i$, or $i = j$, else 0: the
 #   *pairwise pseudo-label*, from the features before the classifier
 
 # %%
@@ -92,7 +94,8 @@ plt.show()
 # ## 3. One step, in detail
 #
 # The network is LeNet-5, with a linear layer to $K = 10$ probabilities. Every image comes three times, as random
-# crops: once to find the pairs, and twice to learn from them.
+# crops: the clean one finds the pairs and is one side of them, a mixed one is the other side, and the second mixed
+# one must get the same probabilities as the first.
 
 # %%
 args = lsdc.options(["--data", "digits"])
@@ -164,7 +167,10 @@ def accuracy(network, cluster=False):
     return label_scores(test.labels, found)["acc_labels"]
 
 
-random, pixels = accuracy(net.features, cluster=True), accuracy(pixel_net(32), cluster=True)
+filled = fill_batch_norm(
+    copy.deepcopy(net.features), loader, torch.arange(256)
+)  # with statistics of these images
+random, pixels = accuracy(filled, cluster=True), accuracy(pixel_net(32), cluster=True)
 optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
 curve = []
 for epoch in range(30):

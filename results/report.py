@@ -129,8 +129,8 @@ ROWS = [
     ("instance recognition", LENET_CIFAR, f"python local_aggregation.py {CIFAR_FLAGS} --loss ir", "local_aggregation-cifar10-ir-seed?.jsonl", CROPS, CROPS_AT, ".1%", "none", THREAD),
     ("CoKe, two views", LENET_CIFAR, f"python coke.py {CIFAR_FLAGS}", "coke-cifar10-seed?.jsonl", TEST, COKE_AT, ".1%", "ResNet-18: 85.7 / 76.6 / 73.2", THREAD),
     ("CoKe, two views", LENET_CIFAR, f"python coke.py {CIFAR_FLAGS}", "coke-cifar10-seed?.jsonl", KMEANS2, "baselines/{random network,pixels}/acc_labels", ".1%", "none", THREAD),
-    ("LSD-C, kNN", LENET_CIFAR, f"python lsdc.py {CIFAR_FLAGS}", "lsdc-cifar10-seed?.jsonl", TEST, LSDC_TEST, ".1%", "ResNet-18: ACC 81.7", THREAD),
-    ("LSD-C, kNN", LENET_CIFAR, f"python lsdc.py {CIFAR_FLAGS}", "lsdc-cifar10-seed?.jsonl", "ACC of k-means: random network / RotNet / pixels, test images, %", "result/baselines/{random network,RotNet,pixels}/test/acc_labels", ".1%", "RotNet of ResNet-18: 14.3", THREAD),
+    ("LSD-C, kNN", LENET_CIFAR, f"python lsdc.py {CIFAR_FLAGS}", "lsdc-cifar10-seed?.jsonl", TEST, LSDC_TEST, ".1%", "ResNet-18, all images: ACC 81.7", THREAD),
+    ("LSD-C, kNN", LENET_CIFAR, f"python lsdc.py {CIFAR_FLAGS}", "lsdc-cifar10-seed?.jsonl", "ACC of k-means: random network / RotNet / pixels, test images, %", "result/baselines/{random network,RotNet,pixels}/test/acc_labels", ".1%", "RotNet of ResNet-18, all images: 14.3", THREAD),
 ]
 # fmt: on
 

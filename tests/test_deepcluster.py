@@ -195,7 +195,8 @@ def test_whitening_of_dead_features_few_rows_and_more_axes_than_columns_is_finit
     dead = torch.cat([x, torch.full((50, 3), 7.0)], 1)
     assert_same_up_to_signs(whiten(dead, *pca(dead, 6, seeded())), numpy_whitened(x, 6))  # as without them
     assert_same_up_to_signs(whiten(x[:4], *pca(x[:4], 6, seeded())), numpy_whitened(x[:4], 3))  # span three
-    for rows, p in [(dead, 40), (x[:1], 3), (x[:1].expand(20, 6), 5), (normal(9, 8200), 12)]:
+    twice = torch.eye(84).repeat(3, 1)  # one eigenvalue, 83 times
+    for rows, p in [(dead, 40), (twice, 60), (x[:1], 3), (x[:1].expand(20, 6), 5), (normal(9, 8200), 12)]:
         mean, axes = pca(rows, p, seeded())
         assert axes.shape == (rows.shape[1], min(p, rows.shape[1])) and axes.isfinite().all()
         z = whiten(rows, mean, axes)

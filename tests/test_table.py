@@ -100,7 +100,7 @@ def test_flags_name_rows_where_there_are_several(tmp_path, capsys):
     assert names(lines(capsys, *started, run("g", init=None))) == ["CoKe --init a-seedS", "CoKe"]
     moved = [run("h", data="x/photos/train"), run("i", data="y/photos"), run("j", 1, data="photos")]
     assert [line.split(" | ")[1:4] for line in lines(capsys, *moved)[1:]] == [
-        ["photos, lenet5", "20, train", "2"]
+        ["folder photos, lenet5", "20, train", "2"]
     ]
 
 
@@ -163,8 +163,8 @@ method & data, network & K, images & runs & ACC & NMI & ARI \\
 \midrule
 LSD-C & digits, lenet5 & 20, train & 1 & $50.0$ & $50.0$ & $-25.0$ \\
 \midrule
-CoKe -{}-ratio 0 & my\_set\&100\%, lenet5 & 20, train & 1 & $50.0$ & $50.0$ & $25.0$ \\
-CoKe & my\_set\&100\%, lenet5 & 20, train & 2 & $50.0 \pm 70.7$ & $50.0 \pm 0.0$ & $25.0 \pm 0.0$ \\
+CoKe -{}-ratio 0 & folder my\_set\&100\%, lenet5 & 20, train & 1 & $50.0$ & $50.0$ & $25.0$ \\
+CoKe & folder my\_set\&100\%, lenet5 & 20, train & 2 & $50.0 \pm 70.7$ & $50.0 \pm 0.0$ & $25.0 \pm 0.0$ \\
 \bottomrule
 \end{tabular}
 """
