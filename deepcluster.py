@@ -105,7 +105,7 @@ def options(argv=None):
     p = make_parser("DeepCluster (Caron et al. 2018)")
     # fmt: off
     g = p.add_argument_group("training")
-    g.add_argument("--recipe", choices=sorted(RECIPES), help="whose defaults to take, with --arch those of RECIPE-ARCH if there are some; None: those of --data")
+    g.add_argument("--recipe", choices=sorted(RECIPES), help="whose defaults to take; None: those of --data. NAME-ARCH, where there is one, for --arch ARCH")
     g.add_argument("--arch", choices=ARCHS, help="network")
     g.add_argument("--epochs", type=number(int, 1), help="passes over the data; a longer run may continue a finished one")
     g.add_argument("--batch-size", type=number(int, 2), help="images per step, over all processes [3.4]")

@@ -110,7 +110,7 @@ def options(argv=None):
     share, count = number(float, 0, 1), number(int, 1)
     # fmt: off
     g = p.add_argument_group("training")
-    g.add_argument("--recipe", choices=sorted(RECIPES), help="whose defaults to take, with --arch those of RECIPE-ARCH if there are some; None: those of --data")
+    g.add_argument("--recipe", choices=sorted(RECIPES), help="whose defaults to take; None: those of --data. NAME-ARCH, where there is one, for --arch ARCH")
     g.add_argument("--arch", choices=ARCHS, help="network")
     g.add_argument("--epochs", type=count, help="passes over the data, those of --ir-epochs among them; a longer run may continue a finished one")
     g.add_argument("--batch-size", type=number(int, 2), help="images per step, over all processes [4]")

@@ -125,7 +125,7 @@ def options(argv=None):
     share, count, from_0 = number(float, 0, 1), number(int, 1), number(float, 0)
     # fmt: off
     g = p.add_argument_group("training")
-    g.add_argument("--recipe", choices=sorted(RECIPES), help="whose defaults to take, with --arch those of RECIPE-ARCH if there are some; None: those of --data")
+    g.add_argument("--recipe", choices=sorted(RECIPES), help="whose defaults to take; None: those of --data. NAME-ARCH, where there is one, for --arch ARCH")
     g.add_argument("--arch", choices=[*ARCHS, "mlp"], help="network; mlp for vectors")
     g.add_argument("--epochs", type=count, help="passes over the data in clustering, after those of RotNet [supplementary, table 1]")
     g.add_argument("--batch-size", type=number(int, 2), help="images per step, over all processes: their pairs are what is learnt from [supplementary 1, table 5]")

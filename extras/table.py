@@ -164,7 +164,8 @@ def latex(titles, blocks):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="python -m extras.table", description="Mean and deviation over seeds")
+    how = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(prog="python -m extras.table", description=__doc__, formatter_class=how)
     p.add_argument("run", nargs="+", metavar="RUN", type=Path, help="run folder, log or evaluation")
     p.add_argument("--latex", action="store_true", help="LaTeX instead of Markdown")
     asked, runs = p.parse_args(argv), []

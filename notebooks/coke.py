@@ -57,8 +57,10 @@ show(data.pixels[:20])
 # ## 2. The formula
 #
 # $$y_i = \arg\max_k \; x_i^\top c_k + \rho_k
-# \qquad\qquad
-# \rho_k \leftarrow \max\Big(0,\; \rho_k - \eta \big(s_k - \tfrac{r}{K}\big)\Big)$$
+# \qquad
+# \rho_k \leftarrow \max\Big(0,\; \rho_k - \eta \big(s_k - \tfrac{r}{K}\big)\Big)
+# \qquad
+# c_k \leftarrow \mathrm{unit}\big(\mathrm{mean\ of\ the}\ x_i\ \mathrm{with}\ y_i = k\big)$$
 #
 # - $x_i$: the embedding of image $i$, of unit length (of several views, their mean); $c_k$: the center of cluster $k$ of $K$, of unit length
 # - $y_i$: the cluster that the image gets
@@ -100,10 +102,8 @@ plt.show()
 
 # %%
 args = coke.options(["--data", "digits", "--k", "10", "--head", "10", "--seed", str(SEED)])
-RATIO, ETA = (
-    0.9,
-    1.0,
-)  # r, how much of an equal share every cluster shall get, and the step of the dual variables
+RATIO = 0.9  # r: how much of an equal share every cluster shall get
+ETA = 1.0  # step of the dual variables
 T, A = 0.1, 0.5  # temperature and weight of the label, both of the loss below
 loader = Loader(data, 128, 32, 1.0, device, workers=0)  # batches of 128 images, 32 x 32 pixels
 loaders = {"train": loader, "test": Loader(test, 128, 32, 1.0, device, workers=0, training=False)}
@@ -123,7 +123,8 @@ show(torch.cat([view[:10] for view in views]) * loader.std * 255 + loader.mean *
 
 # %% [markdown]
 # The first pass trains nothing: nearly every image gets its first label. All that CoKe remembers is in `head`: centers,
-# dual variables, counts, a label for each image. `online_kmeans` assigns a batch and moves all of them.
+# dual variables, counts, a label for each image. `online_kmeans` assigns a batch and moves all of them. (Its last two
+# arguments are for training with one view; here each image has one label, and a center is the mean of one epoch.)
 
 # %%
 print(inspect.getsource(coke.online_kmeans))
@@ -141,20 +142,19 @@ for ratio in (0, RATIO):
 
 _, axes = plt.subplots(1, 2, figsize=(7, 2.4))
 axes[0].bar(torch.arange(10) - 0.2, passes[0].sort().values, 0.4, color="silver", label="r = 0")
-axes[0].bar(torch.arange(10) + 0.2, passes[RATIO].sort().values, 0.4, label="r = 0.9")
+axes[0].bar(torch.arange(10) + 0.2, passes[RATIO].sort().values, 0.4, label=f"r = {RATIO}")
 axes[0].axhline(RATIO * 1408 / 10, color="black", ls=":", label="r N / K")
 axes[0].set(xlabel="clusters, the smallest first", title="images in each cluster", xticks=[], ylim=(0, 280))
 axes[0].legend(fontsize=8, frameon=False)
 axes[1].plot(torch.stack(duals), color="C0")
-axes[1].set(xlabel="batch", title="dual variables, r = 0.9")
+axes[1].set(xlabel="batch", title=f"dual variables, r = {RATIO}")
 plt.show()
 
 # %% [markdown]
-# The dual variables lift the small clusters towards the bound, which the batches after that keep. They overshoot and
-# fall again: the bound is missed by some $\sqrt{2N}$ images (Theorem 1, for a suitable $\eta$). Then the epoch ends: the
+# The dual variables lift the small clusters towards the bound. After one pass they come close: the bound is missed by some $\sqrt{2N}$ images (Theorem 1, for a suitable $\eta$). Then the epoch ends: the
 # centers that the batches moved become those that the loss uses.
 #
-# **The loss** is a cross-entropy. The target of an image is, by half, its label of the epoch before ($a = 0.5$), and
+# **The loss** is a cross-entropy: of $x$, and of $p$, what a small *predictor* makes of $x$, half each. The target of an image is, by half, its label of the epoch before ($a = 0.5$), and
 # by half what the network says of its *other* view:
 #
 # $$q_1 = a\,\mathrm{onehot}(y) + (1-a)\,\mathrm{softmax}(x_2^\top C / T)$$

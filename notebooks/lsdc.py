@@ -131,10 +131,10 @@ def show_pairs(title):
 show_pairs("at first")
 
 # %% [markdown]
-# Many pairs are right already; the classifier knows nothing yet. (Labels are used for such pictures alone.)
+# Half of the pairs are right already, by chance it would be a tenth; the classifier knows nothing yet. (Labels are used for such pictures alone.)
 #
-# **Mixing.** To learn from an image itself would be too easy. MixUp lays two images over each other, with weights
-# $W_1 + W_2 = 1$; a mixed sample belongs to image $c$ as much as its parts do: $T_{rc} = W_1 S_{rc} + W_2 S_{\pi(r)c}$.
+# **Mixing.** MixUp lays two images over each other, $r$ and $\pi(r)$ of the shuffled batch, with weights $W_1 + W_2 = 1$.
+# The mixed sample is as close to image $c$ as its parts are: $T_{rc} = W_1 S_{rc} + W_2 S_{\pi(r)c}$.
 
 # %%
 print(inspect.getsource(lsdc.mixup))
@@ -167,12 +167,10 @@ def accuracy(network, cluster=False):
     return label_scores(test.labels, found)["acc_labels"]
 
 
-filled = fill_batch_norm(
-    copy.deepcopy(net.features), loader, torch.arange(256)
-)  # with statistics of these images
+filled = fill_batch_norm(copy.deepcopy(net.features), loader, torch.arange(256))  # as if it had seen images
 random, pixels = accuracy(filled, cluster=True), accuracy(pixel_net(32), cluster=True)
 optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
-curve = []
+curve, CONSISTENCY = [], 5
 for epoch in range(30):
     optimizer.param_groups[0]["lr"] = 0.1 if epoch < 22 else 0.01
     for _, (clean, first, second) in batches():
@@ -181,7 +179,7 @@ for epoch in range(30):
         z, p = net([clean, *mixed])  # features of the clean images, probabilities (3, B, K)
         S = lsdc.knn_pairs(z, NEIGHBORS)
         T = lsdc.mixed_targets(S, permutations, weights)
-        loss = lsdc.pair_loss(p[1], p[0], T) + 5 * lsdc.ramp(epoch, 15) * F.mse_loss(p[1], p[2])
+        loss = lsdc.pair_loss(p[1], p[0], T) + CONSISTENCY * lsdc.ramp(epoch, 15) * F.mse_loss(p[1], p[2])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
