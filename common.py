@@ -8,9 +8,10 @@ Sizes: N images, n of this process; B batch, b of this process; C channels, S im
 
 import os
 
-# Read when libgomp is loaded, so before any import of torch: waiting threads soon sleep. Spinning, they made a run
-# five times slower beside another one.
+# Read when libgomp and numpy's OpenBLAS are loaded, so before torch and numpy: waiting threads soon sleep. Spinning,
+# they made a run five times slower beside another one, and PCA twice as slow, where torch and numpy take turns.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 import argparse
 import csv

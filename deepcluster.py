@@ -195,13 +195,13 @@ def pca(x, p, gen):
     mean = all_reduce_sum(sum(rows.double().sum(0) for rows in x.split(4096))) / n
 
     def covariance_times(q=None):
+        if q is None and not x.is_cuda:  # numpy computes half of a symmetric product
+            centered = (rows.numpy() - mean.numpy() for rows in x.split(4096))
+            return all_reduce_sum(torch.from_numpy(sum(rows.T @ rows for rows in centered))) / n
         result = torch.zeros(d, d if q is None else q.shape[1], **double)
         for rows in x.split(4096):
             rows = rows.double() - mean
-            if q is None and not x.is_cuda:  # numpy computes half of a symmetric product
-                result += torch.from_numpy(rows.numpy().T @ rows.numpy())
-            else:
-                result += rows.T @ (rows if q is None else rows @ q)
+            result += rows.T @ (rows if q is None else rows @ q)
         return all_reduce_sum(result) / n
 
     if d <= 8192:
