@@ -122,8 +122,8 @@ ROWS = [
     ("DeepCluster", PHOTOS, "python deepcluster.py --data data/imagenette-mini/train --seed S", "deepcluster-photos-seed?.jsonl", "NMI of 100 clusters and kinds: random network / pixels / trained", NMI3_AT, ".3f", "none", THREAD),
     ("LSD-C", PHOTOS, "python lsdc.py --data data/imagenette-mini/train --seed S", "lsdc-photos-seed?.jsonl", "NMI of 10 clusters and kinds: random network / pixels / RotNet / trained", "result/{baselines/random network/train,baselines/pixels/train,baselines/RotNet/train,scores/train}/nmi_labels", ".3f", "none", THREAD),
     ("DeepCluster", LENET_CIFAR, f"python deepcluster.py {CIFAR_FLAGS}", "deepcluster-cifar10-seed?.jsonl", "NMI of 100 clusters and labels, training images: random network / pixels / trained", NMI3_AT, ".3f", "none", THREAD),
-    ("DeepCluster", LENET_CIFAR, f"python deepcluster.py {CIFAR_FLAGS}; python eval_linear.py RUN", "deepcluster-cifar10-seed?.jsonl", PROBES, PROBES_AT, ".2%", "none", THREAD),
-    ("random network", LENET_CIFAR, "python eval_linear.py --random lenet5 --data data/cifar10", "random-lenet5-cifar10-eval.json", PROBES, "stages/conv{1,2}/test_last", ".2%", "none", THREAD),
+    ("DeepCluster", LENET_CIFAR, f"python deepcluster.py {CIFAR_FLAGS}; python eval_linear.py RUN --epochs 20", "deepcluster-cifar10-seed?.jsonl", PROBES, PROBES_AT, ".2%", "none", THREAD),
+    ("random network", LENET_CIFAR, "python eval_linear.py --random lenet5 --data data/cifar10 --epochs 20 --image-size 32 --center-fraction 0.73", "random-lenet5-cifar10-eval.json", PROBES, "stages/conv{1,2}/test_last", ".2%", "none", THREAD),
     ("Local Aggregation", LENET_CIFAR, f"python local_aggregation.py {CIFAR_FLAGS}", "local_aggregation-cifar10-seed?.jsonl", CROPS, CROPS_AT, ".1%", "none", THREAD),
     ("Local Aggregation", LENET_CIFAR, f"python local_aggregation.py {CIFAR_FLAGS}", "local_aggregation-cifar10-seed?.jsonl", CROPS2, CROPS2_AT, ".1%", "none", THREAD),
     ("instance recognition", LENET_CIFAR, f"python local_aggregation.py {CIFAR_FLAGS} --loss ir", "local_aggregation-cifar10-ir-seed?.jsonl", CROPS, CROPS_AT, ".1%", "none", THREAD),
@@ -143,7 +143,8 @@ def read(path):
         first |= json.loads((path.parent / "origin.json").read_text())[path.name]
     if "minutes" not in run:  # the earlier scripts logged them; an epoch done again counts once
         seconds = {(r.get("phase"), r["epoch"]): r["seconds"] for r in records if "epoch" in r}
-        run["minutes"] = sum((seconds or run["seconds"]).values()) / 60
+        spent = seconds or run["seconds"]
+        run["minutes"] = (sum(spent.values()) if isinstance(spent, dict) else spent) / 60
     return run | {"first": first, "eval": evals[0] if evals else {}}
 
 
