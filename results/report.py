@@ -96,6 +96,8 @@ ROWS = [
     ("CoKe, two views, equal sizes", DIGITS, "python coke.py --ratio 1 --seed S", "coke-digits-2-ratio1-seed?.jsonl", SIZES, "result/{smallest,largest}", ".0f", "none", THREAD),
     ("CoKe, one view", DIGITS, "python coke.py --views 1 --seed S", "coke-digits-1-seed?.jsonl", TEST, COKE_AT, ".1%", "none", THREAD),
     ("CoKe, two views and six local crops", DIGITS, "python coke.py --views multi --seed S", "coke-digits-multi-seed?.jsonl", TEST, COKE_AT, ".1%", "none", THREAD),
+    ("CoKe, two views", FASHION, "python coke.py --data fashionmnist --seed S", "coke-fashionmnist-2-seed?.jsonl", TEST, COKE_AT, ".1%", "none", THREAD),
+    ("CoKe, two views", FASHION, "python coke.py --data fashionmnist --seed S", "coke-fashionmnist-2-seed?.jsonl", KMEANS2, "baselines/{random network,pixels}/acc_labels", ".1%", "none", THREAD),
     ("CoKe, two views, earlier script", FASHION, "python coke.py --data fashionmnist --seed S", "coke-fashionmnist.jsonl coke-fashionmnist-seed?.jsonl", TEST, COKE_AT, ".1%", "none", "the first two beside other work"),
     ("CoKe, two views, earlier script", FASHION, "python coke.py --data fashionmnist --seed S", "coke-fashionmnist.jsonl coke-fashionmnist-seed?.jsonl", KMEANS, "result/untrained/{acc,nmi,ari}_labels", ".1%", "none", "the first two beside other work"),
     ("CoKe, one view, earlier script", FASHION, "python coke.py --data fashionmnist --views 1 --seed S", "coke-fashionmnist-1.jsonl coke-fashionmnist-1-seed?.jsonl", TEST, COKE_AT, ".1%", "none", "the first and the last beside other work"),
