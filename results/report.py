@@ -76,6 +76,7 @@ ROWS = [
     ("Local Aggregation", DIGITS, "python local_aggregation.py --seed S", "local_aggregation-digits-la-seed?.jsonl", BANK, BANK_AT, ".1%", "none", THREAD),
     ("Local Aggregation", DIGITS, "python local_aggregation.py --seed S", "local_aggregation-digits-la-seed?.jsonl", CROPS, CROPS_AT, ".1%", "none", THREAD),
     ("Local Aggregation", DIGITS, "python local_aggregation.py --seed S", "local_aggregation-digits-la-seed?.jsonl", CROPS2, CROPS2_AT, ".1%", "none", THREAD),
+    ("supervised network", DIGITS, "python eval_linear.py --random lenet5 --data digits --finetune --epochs 200 --lr 0.1 --wd 1e-4", "supervised-lenet5-digits-eval.json", "test images classified right, %", "stages/last feature/test_last", ".1%", "none", THREAD),
     ("instance recognition", DIGITS, "python local_aggregation.py --seed S --loss ir", "local_aggregation-digits-ir-seed?.jsonl", BANK, BANK_AT, ".1%", "none", THREAD),
     ("instance recognition", DIGITS, "python local_aggregation.py --seed S --loss ir", "local_aggregation-digits-ir-seed?.jsonl", CROPS, CROPS_AT, ".1%", "none", THREAD),
     ("Local Aggregation, earlier script", FASHION, "python local_aggregation.py --data fashionmnist --seed S; python eval_linear.py RUN", "local_aggregation-fashionmnist.jsonl", BANK, BANK_OLD, ".1%", "none", BUSY),
