@@ -77,7 +77,7 @@ def make_loader(device):
 def train(device, monkeypatch, options, left=None):
     """Loss of two steps and {(layer, type, channels last?)}; left: a part left on the CPU."""
     monkeypatch.setattr("torch.Tensor.backward", lambda loss: None)  # the real one asks the driver
-    args = deepcluster.options(f"--data cifar10 --dropout 0 --image-size 16 --arch {options}".split())
+    args = deepcluster.options(f"--data cifar10 --sobel --dropout 0 --image-size 16 --arch {options}".split())
     at, seen, loader = (lambda part: CPU if part == left else device), set(), make_loader(device)
     torch.manual_seed(0)
     encoder = common.to_device(deepcluster.make_encoder(args, 3)[1], at("encoder"))
@@ -108,6 +108,7 @@ def cluster(device, method):
     encoder = common.to_device(deepcluster.make_encoder(args, 3)[1], device)
     assign, distance, k, model = deepcluster.cluster(encoder, make_loader(device), args, common.generator(1))
     common.save_clusters(common.Path(), make_loader(device), assign, distance)
+    model = {name: abs(x) for name, x in model.items() if x is not None}  # eigenvectors may be turned round
     return assign, distance, k, model, image.imread("clusters.png")
 
 
