@@ -11,14 +11,14 @@ Qian, Xu, Hu, Li & Jin, Unsupervised Visual Representation Learning by Online Co
     each epoch:  C_prev = C_now
 
 The duals (Lagrange multipliers of the bound) are a bonus for choosing a cluster, which grows while the cluster gets
-less than its share of the images. H heads of different K cluster the same embeddings. With two views the
-target is a label + (1 - a) softmax(x_other . C_prev / T), what the other view predicts; "multi" adds small, local
-crops, which take the mean of what both large, global ones predict. With one view a second stage, the last fifth of the
-epochs, assigns images to C_prev, and labels and centers become averages over its epochs.
+less than its share of the images. H heads of different K cluster the same embeddings. With two views the target is
+a label + (1 - a) softmax(x_other . C_prev / T), of which the latter is what the other view predicts; "multi" adds small,
+local crops, which take the mean of what both large, global ones predict. With one view a second stage, the last fifth
+of the epochs, assigns images to C_prev, and labels and centers become averages over its epochs.
 
 Symbols: N images, B batch (--batch-size, over all processes), V views (--views), H heads, K clusters of a head (--k),
-D embedding size (--dim), S clusters in an averaged label (--label-size), C_now, C_prev centers now and of the last epoch, r --ratio, eta --dual-lr,
-T --temperature, a --label-weight, b --predictor-weight.
+D embedding size (--dim), S clusters in an averaged label (--label-size), C_now, C_prev centers now and of the last
+epoch, r --ratio, eta --dual-lr, T --temperature, a --label-weight, b --predictor-weight.
 
     python coke.py                                             laptop: digits, no download, no GPU
     python coke.py --views 1                                   one view; --views multi: two and local crops
@@ -31,9 +31,9 @@ What to expect: digits, a minute on a CPU, ACC / NMI / ARI of test images 92.4 /
 55.4. The loss falls below that of a uniform prediction, printed first; still above it at the end, nothing was learnt:
 more epochs or images. The bound, 127 images in each of 10 clusters, may be missed by some sqrt(2 N) (Theorem 1): the
 smallest has 124 to 133 in the last epoch; without the bound (--ratio 0) 61 to 111, and ACC is 84.2. Which images end up
-together is decided early; rounding changes it by points. CIFAR-10 with LeNet-5: ACC 30, k-means on pixels 22.
-Stopped at any time, the same command goes on after the last epoch.
-A folder of N images has K = 10, 20, 40 as far as N / K >= 10, and the rest by folder_recipe of common.py.
+together is decided early; rounding changes it by points. CIFAR-10 with LeNet-5: ACC 30, k-means on pixels 22. Stopped
+at any time, the same command goes on after the last epoch. A folder of N images has K = 10, 20, 40 as far as
+N / K >= 10, and the rest by folder_recipe of common.py.
 
 Departs from the paper and the authors' code, on purpose:
  1. The first clustering pass is --init-epochs, before the paper's epochs, and trains nothing (the code: rate 0).

@@ -108,7 +108,8 @@ def cluster(device, method):
     encoder = common.to_device(deepcluster.make_encoder(args, 3)[1], device)
     assign, distance, k, model = deepcluster.cluster(encoder, make_loader(device), args, common.generator(1))
     common.save_clusters(common.Path(), make_loader(device), assign, distance)
-    model = {name: abs(x) for name, x in model.items() if x is not None}  # eigenvectors may be turned round
+    turned = {name: abs(model[name]) for name in ("axes", "centroids") if model.get(name) is not None}
+    model |= turned  # the signs of eigenvectors are free
     return assign, distance, k, model, image.imread("clusters.png")
 
 
