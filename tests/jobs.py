@@ -82,7 +82,8 @@ class Server:
     """start() a job at a time; close() ends what is still running."""
 
     def __init__(self):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), **ONE_THREAD}
+        path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+        environment = {**os.environ, "PYTHONPATH": path, **ONE_THREAD}
         command = [sys.executable, "-c", CODE]
         self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, text=True)
         self.lock, self.jobs = threading.Lock(), []
