@@ -26,6 +26,7 @@ import sys
 import time
 import warnings
 import zipfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -241,13 +242,27 @@ SUFFIXES = tuple(suffix for suffix, kind in Image.registered_extensions().items(
 Image.MAX_IMAGE_PIXELS = 2**28  # Pillow refuses twice as many: photographs of 196 megapixels are read
 
 
+class Names(Sequence):
+    """Strings as one: a process that decodes files would write to each object of a list, and so copy all of them."""
+
+    def __init__(self, names):
+        names = [os.fsencode(name) for name in names]
+        self.joined, self.ends = b"".join(names), np.cumsum([0, *map(len, names)])
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        return os.fsdecode(self.joined[self.ends[i] : self.ends[i + 1]])
+
+
 @dataclass
 class Images:
     """One split: pixels in memory, or paths to files. Labels are for reporting only."""
 
     name: str
     pixels: torch.Tensor | None  # (N, C, H, W) uint8
-    paths: list | None  # N file names; None for named sets
+    paths: Sequence | None  # N file names; None for named sets
     labels: torch.Tensor | None  # (N,) int64
     classes: list  # their names
     mean: tuple = (0.485, 0.456, 0.406)  # C numbers in 0..1: ImageNet's
@@ -351,20 +366,21 @@ def load_folder(folder):
         if test and (odd := sorted(set(train.classes) ^ set(test.classes))):
             raise ValueError(f"only one of {parts['train']} and {held_out} has classes {', '.join(odd[:5])}")
         return train, test
-    left_out, labels = [], None
+    left_out, classes, start = [], {}, len(os.path.join(folder, ""))
     paths = list(list_images(folder, os.path.realpath(folder), set(), left_out))
-    below = [path.removeprefix(folder).lstrip("/").split("/") for path in paths]
-    classes = sorted({names[0] for names in below if len(names) > 1})
-    beside = [path for path, names in zip(paths, below, strict=True) if len(names) == 1]
-    if classes and 2 * len(beside) < len(paths):
-        left_out += beside
-        paths = [path for path, names in zip(paths, below, strict=True) if len(names) > 1]
-        labels = torch.tensor([classes.index(names[0]) for names in below if len(names) > 1])
+    labels = []  # -1: in no sub-folder
+    for path in paths:
+        name, below, _ = path[start:].partition("/")
+        labels.append(classes.setdefault(name, len(classes)) if below else -1)
+    if labelled := 2 * labels.count(-1) < len(paths):
+        left_out += [path for path, c in zip(paths, labels, strict=True) if c < 0]
+        paths = [path for path, c in zip(paths, labels, strict=True) if c >= 0]
+        labels = torch.tensor([c for c in labels if c >= 0])
     if left_out:
         print_once(f"{folder}: {len(left_out)} files left out, no images or in no class: {left_out[0]}, ..")
-    if labels is not None and len(classes) == 1:
-        return load_folder(os.path.join(folder, classes[0]))
-    data = Images(folder, None, paths, labels, classes if labels is not None else [])
+    if labelled and len(classes) == 1:
+        return load_folder(os.path.join(folder, *classes))
+    data = Images(folder, None, Names(paths), *((labels, list(classes)) if labelled else (None, [])))
     decode_small(data)
     if len(data.unreadable) == len(paths):
         raise ValueError(f"no images in {folder}, or none that can be read")

@@ -508,7 +508,7 @@ def load(name, root, normalize):
     both = torch.arange(len(data.labels))
     if not test:
         return data, {"train": both}
-    data.paths = train.paths and train.paths + test.paths
+    data.paths = train.paths and [*train.paths, *test.paths]
     data.unreadable = train.unreadable | {n + i for i in test.unreadable}
     shapes = {None if x.pixels is None else x.pixels.shape[1:] for x in parts}
     data.pixels = torch.cat([x.pixels for x in parts]) if len(shapes) == 1 and None not in shapes else None

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -200,6 +201,22 @@ def files(run, device):
         ours = lambda: list(loader.train(torch.randperm(n), [common.View(224)]))
         reference = lambda: [images.to(device) for images, _ in batches]
         yield Case("files: JPEG of 500 x 375 to 224 px", ours, reference, n)
+
+
+def listing(run, device):
+    """torchvision's ImageFolder of the same names in 1,000 folders; then GB of the names, against a list of strings."""
+    n = 20_000 if run.quick else 1_000_000
+    with tempfile.TemporaryDirectory() as made_up:
+        for c in range(1_000):
+            os.mkdir(f"{made_up}/{c:03}")
+            Image.new("RGB", (100, 100)).save(first := f"{made_up}/{c:03}/0.jpg")
+            for i in range(1, n // 1_000):
+                os.link(first, f"{made_up}/{c:03}/{c:03}_{i:08}.jpg")
+        ours = lambda: common.load_folder(made_up)
+        yield Case(f"listing {n:,} files", ours, lambda: datasets.ImageFolder(made_up))
+        names = ours()[0].paths
+        joined, strings = len(names.joined) + names.ends.nbytes, sum(sys.getsizeof(x) + 8 for x in names)
+        yield Case(f"memory (GB): {n:,} names", joined / 1e9, strings / 1e9, aim="<= 1")
 
 
 def training(run, device):
@@ -425,6 +442,7 @@ ROWS = {  # function: its aim
     pca: "<= 1.1",
     augmentation: ">= 4",
     files: "<= 1",
+    listing: "<= 1.5",
     training: "<= 1.15",
     aggregation: "<= 2",
     aggregation_training: "<= 1.15",
