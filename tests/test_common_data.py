@@ -560,3 +560,11 @@ list(loader.test(torch.arange(64)))
         pytest.skip("only root may mount another /dev/shm")
     (line,) = [line for line in run.err[0].splitlines() if "script.py: " in line]
     assert run.codes == [2] and "Traceback" not in run.err[0] and "/dev/shm" in line and "--workers 0" in line
+
+
+def test_names_are_those_of_a_list():
+    names = ["a/b.jpg", "", "\u00fc \u4e2d.png", "no text \udcff.jpg", "z"]
+    found = common.Names(names)
+    assert list(found) == names and len(found) == 5
+    assert (found[4], found[3], found[0]) == ("z", names[3], names[0])
+    assert not common.Names([]) and list(common.Names([])) == []
