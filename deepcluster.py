@@ -128,7 +128,6 @@ def options(argv=None):
     g.add_argument("--reassign", type=number(int, 1), default=1, help="epochs of training per clustering [3.4]")
     g.add_argument("--halt-clustering", type=number(int, 0), default=0, metavar="H", help="cluster in the first H epochs only, then keep labels and head; 0: never halt [Deep Dive 4.2]")
     g.add_argument("--reset-head", action=YesNo, default=False, help="with --halt-clustering: a new head every epoch all the same [Deep Dive, code]")
-    g.add_argument("--initial-alignment", type=number(int, 0), default=0, metavar="S", help="print NMI(labels, clusters of the random network) for S seeds and stop [Deep Dive 4.1.1]")
     # fmt: on
     known, _ = p.parse_known_args(argv)
     base = known.recipe or known.data
@@ -352,20 +351,6 @@ def train(encoder, head, optimizer, batches, assign_all, weights, meter, args):
 # %% main
 
 
-def initial_alignment(args, data, loader, device):
-    """Print IA(theta, K) = NMI(labels, clusters of the starting network) over seeds [Deep Dive 4.1.1]."""
-    values = []
-    if data.labels is None:
-        error("--initial-alignment compares with labels, and these images have none")
-    for seed in range(args.seed, args.seed + args.initial_alignment):
-        torch.manual_seed(seed)
-        encoder = to_device(make_encoder(args, len(data.mean))[1], device)
-        assign, _, k, _ = cluster(encoder, loader, args, generator(seed, 0))
-        values.append(label_scores(data.labels, assign, data.unreadable)["nmi_labels"])
-        print_once(f"seed {seed}  initial alignment {values[-1]:.4f}")
-    print_once(f"K = {k}: median {np.median(values):.4f}, min {min(values):.4f}, max {max(values):.4f}")
-
-
 def load_model(run, device):
     """What clusters images as a finished run did, see assign_folder."""
     backbone, found = load_backbone(run)[0], load_file(run / "clustering.pt")
@@ -391,8 +376,6 @@ def main():
     loader = Loader(data, args.batch_size, args.image_size, args.center_fraction, device, args.workers)
     steps = len(data) // args.batch_size
     print_once(f"{data}, K = {args.k}, {steps} steps an epoch, on {device}")
-    if args.initial_alignment:
-        return initial_alignment(args, data, loader, device)
 
     torch.manual_seed(args.seed)  # the same initial weights on all processes
     backbone, encoder = make_encoder(args, len(data.mean))

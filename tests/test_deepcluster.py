@@ -510,17 +510,6 @@ def test_clustering_pt_and_backbone_pt_assign_the_images_as_assignments_csv(run,
     assert len(set(want)) > 5 and sum(map(int.__ne__, got, want)) <= 1  # one may lie between two
 
 
-def test_initial_alignment_is_the_random_networks_nmi(run, recorded):
-    job = run(QUICK + " --initial-alignment 3")
-    values = [float(v) for v in re.findall(r"initial alignment (\d\.\d+)", job.out)]
-    first = epochs(recorded["plain"].log())[0]["nmi_labels"]
-    other = run(QUICK + " --epochs 1 --seed 1").log()[1]["nmi_labels"]
-    assert values[:2] == pytest.approx([first, other], abs=5e-5)
-    (low, middle, high), last = sorted(values), job.out.splitlines()[-1]
-    assert all(f"{word} {v:.4f}" in last for word, v in (("median", middle), ("min", low), ("max", high)))
-    assert low < high and not job.run.exists()
-
-
 @pytest.mark.parametrize(
     ("data", "more"),
     [
@@ -600,7 +589,6 @@ def test_other_kinds_of_runs_survive_a_kill_in_the_second_epoch(run, arguments, 
     [
         ("--k 10000", ["data/imagenet was not found"], 1),
         ("--reset-head", ["--reset-head", "--halt-clustering"], 1),
-        ("--data PLACES/flat --batch-size 8 --initial-alignment 2", ["--initial-alignment", "labels"], 1),
         ("--lr 1e30 --batch-size 1437 --clustering pic --pca 0", ["--lr"], 1),  # the features
     ],
 )
