@@ -62,7 +62,7 @@ from pathlib import Path
 
 from common import (  # isort: skip
     ARCHS, SETS, Backbone, Loader, Meter, View, all_gather, all_reduce_sum, autocast, error, extract, fill_batch_norm,
-    generator, is_main, knn_accuracy, load_backbone, load_data, make_parser, number, parallel,
+    generator, is_main, knn_accuracy, load_backbone, load_data, look_at, make_parser, number, parallel,
     print_once, read_backbone, seed_epoch, setup, shard, to_device, what_runs,
 )  # fmt: skip
 
@@ -137,7 +137,8 @@ def options(argv=None):
     recipe = RECIPES.get(data, RECIPES["imagenet"])
     if not known.run:
         meta = {**(SMALL if known.pixels else recipe), "arch": known.random or "pixels", "method": "random"}
-        meta["image_size"] = known.image_size or meta["image_size"]
+        side = look_at(data)[1] if data not in SETS else 0  # of a folder's files: they are not enlarged
+        meta["image_size"] = known.image_size or min(meta["image_size"], side or 224)
     elif meta["arch"] not in ARCHS:
         error(f"{known.run}: a network ({meta['arch']}) for vectors; this script evaluates those for images")
     small = meta["image_size"] <= 64

@@ -628,6 +628,14 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
+def test_files_are_not_enlarged(photos, tmp_path):
+    write_images(tmp_path / "large", 3, size=300)
+    for folder, side in ((photos, 100), (tmp_path / "large", 224)):
+        assert eval_linear.options(["--random", "resnet18", "--data", str(folder)]).image_size == side
+    flags = ["--random", "resnet18", "--data", str(photos), "--image-size", "120"]
+    assert eval_linear.options(flags).image_size == 120
+
+
 def test_files_that_cannot_be_read_count_nowhere_and_are_told(photos, tmp_path, capsys):
     flags = ["--random", "lenet5", "--data", photos, "--image-size", 32, "--workers", 0, "--no-sobel"]
     assert run(*flags, "--epochs", 6, "--batch-size", 16, "--ten-crops", "--lr", 0.02, "--out", tmp_path) == 0
