@@ -1,33 +1,33 @@
 """Instance retrieval: finds the images that show the building of a query, by the maps of a frozen network.
 
 DeepCluster (Caron et al., ECCV 2018), 5.3 and table 5, as Tolias, Sicre and Jegou, Particular object retrieval with
-integral max-pooling of CNN activations, ICLR 2016. Data sets: Oxford and Paris Buildings, Philbin et al. 2007, 2008.
+integral max-pooling, ICLR 2016. Data sets: Oxford 5k and Paris 6k (Philbin et al., CVPR 2007 and 2008).
 
     each image:  map = convolutions(image, longer side 1024)        (D, h, w)  any shape
                  v_r = unit(max of the map over region r)           (R, D)     squares of L sizes
-                 v_r = unit((v_r - mean) axes)                      (R, D)     PCA-whitening, learnt on the other set
+                 v_r = unit((v_r - mean) axes)                      (R, D)     whitening, learnt on the other set
                  descriptor = unit(sum over r of v_r)               (D,)
     each query:  the same of its rectangle; images by cosine, the nearest first; average precision of that list
 
-Symbols: D channels of the last map, h, w its sides, L --levels, R regions, m those along the longer side for l = 1.
+Symbols: D channels of the last map, h, w its sides, L --levels, R regions, m along the longer side for l = 1.
 
     python -m extras.retrieval runs/deepcluster-imagenet --data data/oxford5k --whiten data/paris6k
     python -m extras.retrieval runs/deepcluster-imagenet --data data/paris6k --whiten data/oxford5k
 
-A data set is a folder with images and its own ground truth somewhere in it: NAME_query.txt, NAME_good.txt, NAME_ok.txt
-and NAME_junk.txt for each query. Files that cannot be read are named and ranked nowhere. One process, on a GPU where
-there is one; the result is printed and written as retrieval-DATA.json beside the run.
+A data set is a folder with images and its own ground truth anywhere in it: NAME_query.txt, NAME_good.txt,
+NAME_ok.txt and NAME_junk.txt for each query. Files that cannot be read are named and ranked nowhere. One process, on
+a GPU where there is one; the result is printed and written as retrieval-DATA.json beside the run.
 
-What to expect: the sets were not at hand, and table 5 is not reproduced. VGG-16 takes 5 s for an image of 1024 x 768 on
-one core, so seven hours for Oxford: use a GPU. On a made-up set of colored squares, a network that sees colors has an
-mAP of 1.0 with whitening and 0.97 without, a random ranking 0.25 (tests/test_retrieval.py).
+What to expect: the sets were not at hand, table 5 is not reproduced. VGG-16 takes 5 s for 1024 x 768 pixels on one
+core, so Oxford seven hours: use a GPU. On the tests' colored squares, a network that sees colors has an mAP of 1.0
+with whitening and 0.97 without, a random ranking 0.25.
 
 Departs from the papers and their code, on purpose:
- 1. Regions are spread to the map's border in whole steps, and as many as the overlap asks for (the code: at most 7).
- 2. The map is that before the last pooling layer, as in DeepCluster's code (Tolias et al.: after it).
- 3. A query is cut out first and then resized (the code: the other way round). Images lie upright as their files say.
+ 1. Regions go to the map's border in whole steps, and are as many as the overlap asks for (the code: at most 7).
+ 2. The map is that before the last pooling layer, as in DeepCluster's code.
+ 3. A query is cut out, then resized (the code: the other way round). Images lie upright as their files say.
  4. Whitening floors eigenvalues at 1e-6 of the largest (the code: 1e-5) and keeps all D axes (the code: 512).
- 5. Images that the ground truth names but the folder lacks count as never found, as in the benchmark's program.
+ 5. Images that the ground truth names but the folder lacks are never found, as in the benchmark's program.
 """
 
 import argparse
@@ -56,9 +56,9 @@ OVERLAP = 0.4  # of neighboring regions for l = 1, as near as a whole number of 
 
 
 def regions(width, height, levels):
-    """[(left, top, side)] of the squares of a map: for l = 1..levels, l x (l + m - 1) of side 2 min(W, H) / (l + 1).
+    """[(left, top, side)] of squares of a map: for l = 1..levels, l x (l + m - 1) of side 2 min(W, H) / (l + 1).
 
-    They cover the map from border to border. m: 1 for a square map, else 2 or more.
+    They reach from border to border. m: 1 for a square map, else 2 or more.
     """
     short, long = sorted((width, height))
     m, found = 1, []
@@ -83,7 +83,7 @@ def region_vectors(map, levels):
 
 
 def rmac(map, levels, mean=None, axes=None):
-    """R-MAC descriptor (P,) of a map (D, h, w), of unit length; mean (D,), axes (D, P): see pca; None: not whitened."""
+    """R-MAC descriptor (P,), a unit vector, of a map (D, h, w); mean (D,), axes (D, P): see pca, or None."""
     vectors = region_vectors(map, levels)
     if axes is not None:
         vectors = F.normalize((vectors - mean) @ axes)
@@ -115,7 +115,7 @@ def find_images(folder):
 
 
 def read_queries(folder):
-    """{query: (name of its image, (left, top, right, bottom), positive names, junk names)} of the ground truth."""
+    """{query: (name of its image, (left, top, right, bottom), positive names, junk names)}."""
     queries = {}
     for path in sorted(Path(folder).rglob("*_query.txt")):
         query = path.name.removesuffix("_query.txt")
@@ -129,7 +129,7 @@ def read_queries(folder):
 
 
 def read_image(item, size, channels):
-    """Of (path, rectangle or None): uint8 (C, H, W), the whole image's longer side being `size`; None: unreadable."""
+    """(path, rectangle or None) -> uint8 (C, H, W), the whole image's longer side being `size`; or None."""
     path, box = item
     try:
         image = open_image(path)
@@ -144,7 +144,7 @@ def read_image(item, size, channels):
 
 
 def convolutions(backbone):
-    """Images (B, C, H, W) of any shape -> maps (B, D, h, w) of the last convolution or block, after its ReLU."""
+    """Images (B, C, H, W) of any shape -> maps (B, D, h, w) of the last convolution or block, after ReLU."""
     net = backbone.net
     layers = list(net.features) if hasattr(net, "features") else list(net.children())[:-2]  # not avgpool, fc
     return nn.Sequential(backbone.sobel, *layers[: -1 if isinstance(layers[-1], nn.MaxPool2d) else None])
