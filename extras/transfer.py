@@ -61,6 +61,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, Mask
 from torchvision.models.segmentation.fcn import FCN_ResNet50_Weights, FCNHead
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 from torchvision.tv_tensors import BoundingBoxes, Mask
 
 # %% recipes and options
@@ -153,26 +154,29 @@ def options(argv=None):
 # %% data
 
 
-def as_target(rows, image, **more):
-    """Rows (left, top, right, bottom, label, is it a crowd?) -> {"boxes" (n, 4), "labels" (n,), "iscrowd" (n,)}."""
+def as_target(image, rows, **more):
+    """(image, {"boxes" (n, 4), "labels" (n,), "iscrowd" (n,)}) of rows left, top, right, bottom, label, is it a crowd?"""
     rows = torch.tensor(rows, dtype=torch.float64).view(-1, 6)
     boxes = BoundingBoxes(rows[:, :4].float(), format="XYXY", canvas_size=image.size[::-1])
-    return {"boxes": boxes, "labels": rows[:, 4].long(), "iscrowd": rows[:, 5].long(), **more}
+    return image, {"boxes": boxes, "labels": rows[:, 4].long(), "iscrowd": rows[:, 5].long(), **more}
 
 
-def voc_rows(target):
-    """Rows of as_target; labels 1..20; difficult objects are crowds."""
+def voc_target(image, target):
+    """What as_target returns; labels 1..20; difficult objects are crowds."""
+    rows = []
     for x in target["annotation"]["object"]:
         left, top, right, bottom = (float(x["bndbox"][k]) for k in ("xmin", "ymin", "xmax", "ymax"))
         hard = int(x.get("difficult", 0))  # pixels count from 1, and the last one belongs to the box
-        yield left - 1, top - 1, right, bottom, VOC.index(x["name"]), hard
+        rows.append([left - 1, top - 1, right, bottom, VOC.index(x["name"]), hard])
+    return as_target(image, rows)
 
 
 def voc_classes(target):
     """(20,): 1 where the image has an object of the class, -1 where all of these are difficult, else 0."""
     y = torch.zeros(20)
-    for *_, label, hard in voc_rows(target):
-        y[label - 1] = 1 if not hard else y[label - 1] or -1
+    for x in target["annotation"]["object"]:
+        easy, c = not int(x.get("difficult", 0)), VOC.index(x["name"]) - 1
+        y[c] = 1 if easy or y[c] > 0 else -1
     return y
 
 
@@ -184,15 +188,18 @@ def coco_target(coco, label_of, image, annotations):
         if w > 0 and h > 0:
             rows.append([left, top, left + w, top + h, label_of[x["category_id"]], x.get("iscrowd", 0)])
             masks = torch.cat([masks, torch.from_numpy(coco.annToMask(x))[None]])
-    return image, as_target(rows, image, masks=Mask(masks))
+    return as_target(image, rows, masks=Mask(masks))
 
 
 def load_split(args, split):
     """torchvision's data set of "2007 test", say, or "val2017"; of COCO to train on, images with objects only."""
     if args.task == "segmentation":
-        return VOCSegmentation(args.data, *split.split())
+        return VOCSegmentation(args.data, *split.split(), target_transform=Mask)
     if args.task != "coco":
-        return VOCDetection(args.data, *split.split())
+        how = (
+            {"target_transform": voc_classes} if args.task == "classification" else {"transforms": voc_target}
+        )
+        return VOCDetection(args.data, *split.split(), **how)
     part = CocoDetection(f"{args.data}/{split}", f"{args.data}/annotations/instances_{split}.json")
     found, label_of = part.coco.imgToAnns, {c: k for k, c in enumerate(sorted(part.coco.getCatIds()), 1)}
     part.transforms = partial(coco_target, part.coco, label_of)
@@ -221,23 +228,21 @@ class Examples(Dataset):
         self.source, self.args, self.training = source, args, training
 
     def __getitem__(self, key):
-        (position, seed), args, tv = key, self.args, v2.functional
+        (position, seed), args = key, self.args
         image, target = self.source[position]
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(seed)
             if args.task == "classification":
-                crop = v2.RandomResizedCrop(args.image_size, args.crop_area, (1, 1))
-                crop = v2.Compose([v2.RandomHorizontalFlip(), crop, v2.PILToTensor()])
-                crops = torch.stack([crop(image) for _ in range(1 if self.training else 10)])
-                return tv.normalize(crops / 255, args.mean, args.std), voc_classes(target)
-            if args.task == "detection":
-                target = as_target(list(voc_rows(target)), image)
-            target = Mask(target) if args.task == "segmentation" else target
-            image, target = v2.RandomHorizontalFlip(0.5 * self.training)(
-                tv.pil_to_tensor(image) / 255, target
-            )
+                flip, crop = (
+                    v2.RandomHorizontalFlip(),
+                    v2.RandomResizedCrop(args.image_size, args.crop_area, (1, 1)),
+                )
+                crops = [pil_to_tensor(crop(flip(image))) for _ in range(1 if self.training else 10)]
+                return normalize(torch.stack(crops) / 255, args.mean, args.std), target
+            flip = v2.RandomHorizontalFlip(0.5 * self.training)
+            image, target = flip(pil_to_tensor(image) / 255, target)
         if args.task == "segmentation":
-            return tv.normalize(image, args.mean, args.std), target[0].long()
+            return normalize(image, args.mean, args.std), target[0].long()
         if self.training and not args.difficult:
             target = {name: x[target["iscrowd"] == 0] for name, x in target.items()}
         return image, {name: x.as_subclass(torch.Tensor) for name, x in target.items()}
@@ -381,24 +386,29 @@ def score_pixels(net, found):
 
 
 def score_boxes(net, found):
-    """{AP, AP50, AP75} of boxes and, where there are any, of masks, the test images coming one by one."""
+    """{AP, AP50, AP75} of boxes and, where there are any, of masks; test images come one by one."""
     from torchmetrics.detection import MeanAveragePrecision  # which no other task needs
 
-    kinds = {"box": "bbox", "mask": "segm"} if net.roi_heads.has_mask() else {"box": "bbox"}
-    metric = MeanAveragePrecision(iou_type=tuple(kinds.values()), sync_on_compute=False)
+    kinds, scores = {"box": "bbox"} | ({"mask": "segm"} if net.roi_heads.has_mask() else {}), {}
+    metrics = {
+        name: MeanAveragePrecision(iou_type=kind, sync_on_compute=False) for name, kind in kinds.items()
+    }
     for images, targets in found:
         (guess,) = net(images)
         guess |= {"masks": guess["masks"][:, 0] > 0.5} if "mask" in kinds else {}
-        metric.update(*([{k: x.cpu() for k, x in y.items()}] for y in (guess, *targets)))
-    for name, own in metric.metric_state.items():  # lists; torchmetrics would wait forever if lengths differ
-        parts = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, own)
-        setattr(metric, name, sum(parts, []))
-    scores, names = metric.compute(), {"AP": "map", "AP50": "map_50", "AP75": "map_75"}
-    names = {f"{a} {b}": f"{k}_{name}" for a, k in kinds.items() for b, name in names.items()}
-    return {
-        b: scores[name if "mask" in kinds else name.removeprefix("bbox_")].item() for b, name in names.items()
-    }
+        for metric in metrics.values():
+            metric.update(*([{k: x.cpu() for k, x in y.items()}] for y in (guess, *targets)))
+    for kind, metric in metrics.items():
+        for (
+            name,
+            own,
+        ) in metric.metric_state.items():  # lists; of other lengths, torchmetrics would wait forever
+            parts = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, own)
+            setattr(metric, name, sum(parts, []))
+        computed = metric.compute()
+        scores |= {f"{kind} AP{n}": computed[f"map_{n}".strip("_")].item() for n in ("", "50", "75")}
+    return scores
 
 
 # %% one epoch
@@ -466,9 +476,9 @@ def main():
 
     for epoch in range(done, args.epochs):
         began, gen = time.time(), seed_epoch(args.seed, epoch)
-        order = torch.randperm(len(data), generator=gen)[: steps * args.batch_size]
+        order = torch.randperm(len(data), generator=gen)[: steps * args.batch_size].view(steps, -1)
         seeds = torch.randint(2**62, (len(data),), generator=gen)  # of each image's crop and flip
-        own = order[slice(*shard(len(order)))]
+        own = order[:, slice(*shard(args.batch_size))].flatten()  # a part of each batch
         found = batches(examples, list(zip(own.tolist(), seeds[own].tolist(), strict=True)), loader.b, device)
         meter = Meter(f"epoch {epoch + 1}/{args.epochs}", len(own))
         train(trained, optimizer, found, epoch, epoch * steps, meter, args)

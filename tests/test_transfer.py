@@ -66,8 +66,33 @@ def write_voc(root, year, splits, seed=0):
             (base / "ImageSets" / kind / f"{split}.txt").write_text("\n".join(names) + "\n")
 
 
+def write_coco(root):
+    """train2017/, val2017/ and annotations/ in the real format: polygons, a crowd as run lengths, ids with gaps, an
+    image without objects."""
+    rng, ids = np.random.default_rng(5), dict(zip(COLORS, (7, 3, 50), strict=True))
+    categories = [{"id": c, "name": name} for name, c in ids.items()]
+    (root / "annotations").mkdir(parents=True)
+    for split, count in (("train2017", 64), ("val2017", 33)):
+        (root / split).mkdir()
+        images, annotations = [], []
+        for i in range(1, count + 1):
+            pixels, objects = draw(rng, choose(rng) if i > 1 else [])
+            images.append({"id": i, "file_name": f"{i:012}.jpg", "height": SIDE, "width": SIDE})
+            Image.fromarray(pixels).save(root / split / images[-1]["file_name"], quality=95)
+            for name, (l, t, r, b), mask in objects:
+                one = {"id": len(annotations) + 1, "image_id": i, "category_id": ids[name], "iscrowd": 0}
+                one |= {"bbox": [l, t, r - l, b - t], "area": int(mask.sum()), "segmentation": [[l, t, r, t, r, b, l, b]]}
+                annotations.append(one)
+        crowd = {"counts": [64 * 10, 64 * 5, 64 * 49], "size": [SIDE, SIDE]}  # columns 10 to 14
+        one = {"id": len(annotations) + 1, "image_id": 2, "category_id": 3, "iscrowd": 1, "segmentation": crowd}
+        annotations.append({**one, "bbox": [10, 0, 5, 64], "area": 320})
+        text = json.dumps({"images": images, "annotations": annotations, "categories": categories})
+        (root / "annotations" / f"instances_{split}.json").write_text(text)
+
+
 if __name__ == "__main__":
     import sys
     from pathlib import Path
-    write_voc(Path(sys.argv[1]), 2007, {"trainval": 64, "test": 32})
-    write_voc(Path(sys.argv[1]), 2012, {"train": 64, "val": 32}, 1)
+    write_voc(Path(sys.argv[1]), 2007, {"trainval": 64, "test": 33})
+    write_voc(Path(sys.argv[1]), 2012, {"train": 64, "val": 33}, 1)
+    write_coco(Path(sys.argv[1]) / "coco")
