@@ -8,7 +8,7 @@ What a network learnt without labels is worth where they are few, by the protoco
     coco            the same, and mask = layer4(RoIAlign(map, boxes))   Mask R-CNN; those of masks, too
     segmentation    scores = enlarge(FCN head(map))  (B, 21, H, W)      mean IoU
 
-map: the last one; in detection and coco that of ResNet's layer3 (C4; layer4 is the head), of other networks that
+map: the last one; in detection and coco that of ResNet's layer3 (layer4 is the head: C4), of other networks that
 before the last pool (the hidden linear layers are the head).
 
     python -m extras.transfer RUN --layers fc6-8            RUN: run folder, backbone.pt or checkpoint
@@ -28,19 +28,17 @@ Departs from the papers and their code, on purpose:
  2. CoKe's network for COCO is an FPN, ours MoCo's C4, with schedule "1x". CoKe searches the learning rate: --lr.
  3. Boxes are scored as COCO's (101 points, 100 an image), on VOC, too (the papers: 11 points); difficult objects
     are then neither found nor missed, like COCO's crowds. As in Detectron2 they train ResNets.
- 4. AlexNet, VGG-16, LeNet-5: RoIAlign (py-faster-rcnn: pooling). Convolutions pad half their kernel, so that a cell
-    of the map lies where it looks. Masks: four convolutions as wide as the map; LeNet-5's recipe is ours, too.
- 5. Anchors follow the shorter side of test images: 32 to 512 at 800 pixels (C4), 128 to 512 at 600.
- 6. Segmentation: torchvision's FCN head (one hidden layer), not fc6 and fc7 as convolutions; VOC 2012 train (the
-    code: SBD); images padded to the batch's largest, half of them flipped; the loss is the mean over pixels.
- 7. Classification: 150,000 iterations as DeepCluster's scripts have, crops as in its eval_voc_classif.py.
- 8. bf16 autocast on GPUs (--no-amp), but not of detectors, for it rounds boxes to 4 pixels. All but classification
-    tests images one at a time: nothing depends on how a batch is padded. Incomplete batches of an epoch are dropped.
+ 4. AlexNet, VGG-16, LeNet-5: RoIAlign (py-faster-rcnn: pooling); convolutions pad half their kernel, so that a cell
+    of the map lies where it looks; masks by four convolutions. Anchors follow the size of test images.
+ 5. Segmentation: torchvision's FCN head, not fc6 and fc7 as convolutions; VOC 2012 train (the code: SBD); images
+    padded to the batch's largest, half of them flipped; the loss is the mean over pixels.
+ 6. Classification: 150,000 iterations as DeepCluster's scripts have, crops as in its eval_voc_classif.py.
+ 7. bf16 autocast on GPUs, but not of detectors, for it rounds boxes to 4 pixels. All but classification tests images
+    one by one, as padding would change results. An epoch's last incomplete batch is dropped.
 """
 
 import argparse
 import math
-import os
 import time
 from functools import partial
 from importlib.util import find_spec
@@ -70,9 +68,10 @@ from torchvision.tv_tensors import BoundingBoxes, Mask
 
 SHARED = {"layers": "all", "lr_factor": 0.1, "warmup": 0, "clip": None, "difficult": False}
 C4 = {
-    **SHARED, "epochs": 23, "batch_size": 16, "lr": 0.02, "lr_steps": [17, 21], "wd": 1e-4, "warmup": 100, "difficult": True,
-    "train": ["2007 trainval", "2012 trainval"], "test": "2007 test", "min_size": [*range(480, 801, 32)], "max_size": 1333,
-    "anchors": [32, 64, 128, 256, 512], "anchors_for": 800, "rois": 512, "proposals": [12000, 2000, 6000, 1000],
+    **SHARED, "epochs": 23, "batch_size": 16, "lr": 0.02, "lr_steps": [17, 21], "wd": 1e-4, "warmup": 100,
+    "train": ["2007 trainval", "2012 trainval"], "test": "2007 test", "difficult": True,
+    "min_size": [*range(480, 801, 32)], "max_size": 1333, "anchors": [32, 64, 128, 256, 512], "anchors_for": 800,
+    "rois": 512, "proposals": [12000, 2000, 6000, 1000],
 }  # fmt: skip
 PLAIN = {
     "epochs": 28, "batch_size": 2, "lr": 0.001, "lr_steps": [20], "wd": 5e-4, "warmup": 0, "difficult": False,
@@ -81,20 +80,14 @@ PLAIN = {
 }  # fmt: skip
 OURS = {"rois": 64, "proposals": [500, 200, 500, 100], "min_size": [64], "max_size": 107}  # for a laptop
 RECIPES = {
-    "classification": {
-        **SHARED, "epochs": 479, "batch_size": 16, "lr": 0.001, "lr_steps": [*range(64, 479, 64)], "lr_factor": 0.5,
-        "wd": 1e-6, "clip": 10.0, "train": ["2007 trainval"], "test": "2007 test", "crop_area": [0.1, 0.5],
-    },
+    "classification": {**SHARED, "epochs": 479, "batch_size": 16, "lr": 0.001, "lr_steps": [*range(64, 479, 64)],
+        "lr_factor": 0.5, "wd": 1e-6, "clip": 10.0, "train": ["2007 trainval"], "test": "2007 test", "crop_area": [0.1, 0.5]},
     "classification-fc6-8": {"lr": 0.003, "lr_steps": [*range(16, 479, 16)]},
     "detection": C4, "detection-plain": PLAIN, "detection-lenet5": OURS, "coco-lenet5": OURS,
-    "coco": {
-        **C4, "epochs": 12, "lr_steps": [8, 11], "warmup": 1000, "min_size": [*range(640, 801, 32)], "difficult": False,
-        "train": ["train2017"], "test": "val2017",
-    },
-    "segmentation": {
-        **SHARED, "epochs": 1366, "batch_size": 20, "lr": 1e-4, "lr_steps": [], "wd": 5e-4,
-        "train": ["2012 train"], "test": "2012 val",
-    },
+    "coco": {**C4, "epochs": 12, "lr_steps": [8, 11], "warmup": 1000, "min_size": [*range(640, 801, 32)],
+        "train": ["train2017"], "test": "val2017", "difficult": False},
+    "segmentation": {**SHARED, "epochs": 1366, "batch_size": 20, "lr": 1e-4, "lr_steps": [], "wd": 5e-4,
+        "train": ["2012 train"], "test": "2012 val"},
 }  # fmt: skip
 VOC = FCN_ResNet50_Weights.DEFAULT.meta["categories"]  # the background and 20 names
 
@@ -112,11 +105,10 @@ def options(argv=None):
     p.add_argument("--seed", type=number(int, 0, 2**32), default=0, help="decides every random number")
     p.add_argument("--device", choices=["auto", "cpu"], default="auto", help="auto: GPUs where there are some")
     p.add_argument("--amp", action=yes_no, default=True, help="train in bf16 autocast on GPUs that compute in it")
-    p.add_argument("--workers", type=number(int, 0), default=min(8, os.cpu_count()), help="processes that decode files, for each training process")
-    g = p.add_argument_group("random network")
-    g.add_argument("--random", metavar="ARCH", choices=ARCHS, help=f"start from random weights: {', '.join(ARCHS)}")
-    g.add_argument("--sobel", action=yes_no, default=False, help="with --random: filter images by Sobel's operator")
-    g.add_argument("--image-size", type=number(int, 1, 4096), default=224, help="with --random: of images at which linear layers and stem are built, and of classification's crops")
+    p.add_argument("--workers", type=number(int, 0), default=4, help="processes that decode files, for each training process")
+    p.add_argument("--random", metavar="ARCH", choices=ARCHS, help=f"start from random weights: {', '.join(ARCHS)}")
+    p.add_argument("--sobel", action=yes_no, default=False, help="with --random: filter images by Sobel's operator")
+    p.add_argument("--image-size", type=number(int, 1, 4096), default=224, help="with --random: of images at which linear layers and stem are built, and of classification's crops")
     g = p.add_argument_group("training")
     g.add_argument("--layers", choices=["all", "fc6-8"], help="fc6-8: convolutions of the backbone are frozen [DeepCluster 4.4]")
     g.add_argument("--epochs", type=number(int, 0), help="passes over the training images")
@@ -131,9 +123,8 @@ def options(argv=None):
     known, _ = p.parse_known_args(argv)
     if bool(known.run) == bool(known.random):
         p.error("give a run folder, backbone.pt or checkpoint, or --random ARCH")
-    meta = {"arch": known.random, "channels": 3, "image_size": known.image_size}
-    meta |= {"mean": Images.mean, "std": Images.std, "center_fraction": 0.875}
-    meta = read_backbone(known.run)["meta"] if known.run else meta
+    meta = {"arch": known.random, "channels": 3, "image_size": known.image_size, "center_fraction": 0.875}
+    meta = read_backbone(known.run)["meta"] if known.run else {**meta, "mean": Images.mean, "std": Images.std}
     task, arch, layers = known.task, meta["arch"], known.layers or "all"
     if arch not in ARCHS or meta["channels"] != 3:
         error(f"{known.run}: {arch} for {meta['channels']} channels is no network for photographs")
@@ -161,34 +152,27 @@ def as_target(image, rows, **more):
     return image, {"boxes": boxes, "labels": rows[:, 4].long(), "iscrowd": rows[:, 5].long(), **more}
 
 
-def voc_target(image, target):
-    """What as_target returns; labels 1..20; difficult objects are crowds."""
-    rows = []
+def voc_target(task, image, target):
+    """(image, y (20,)) for classification: 1 where it has an object of the class, -1 where all of these are difficult,
+    else 0. Otherwise what as_target returns; labels 1..20; difficult objects are crowds."""
+    rows, y = [], torch.zeros(20)
     for x in target["annotation"]["object"]:
         left, top, right, bottom = (float(x["bndbox"][k]) for k in ("xmin", "ymin", "xmax", "ymax"))
-        hard = int(x.get("difficult", 0))  # pixels count from 1, and the last one belongs to the box
-        rows.append([left - 1, top - 1, right, bottom, VOC.index(x["name"]), hard])
-    return as_target(image, rows)
-
-
-def voc_classes(target):
-    """(20,): 1 where the image has an object of the class, -1 where all of these are difficult, else 0."""
-    y = torch.zeros(20)
-    for x in target["annotation"]["object"]:
-        easy, c = not int(x.get("difficult", 0)), VOC.index(x["name"]) - 1
-        y[c] = 1 if easy or y[c] > 0 else -1
-    return y
+        hard, label = int(x.get("difficult", 0)), VOC.index(x["name"])
+        rows.append([left - 1, top - 1, right, bottom, label, hard])  # pixels count from 1, to the last one
+        y[label - 1] = -1 if hard and y[label - 1] < 1 else 1
+    return (image, y) if task == "classification" else as_target(image, rows)
 
 
 def coco_target(coco, label_of, image, annotations):
     """(image, what as_target returns, and "masks" (n, H, W))."""
-    rows, masks = [], torch.zeros(0, *image.size[::-1], dtype=torch.uint8)
+    rows, masks = [], [torch.zeros(image.size[::-1], dtype=torch.uint8)]  # there may be no object
     for x in annotations:
         left, top, w, h = x["bbox"]
         if w > 0 and h > 0:
             rows.append([left, top, left + w, top + h, label_of[x["category_id"]], x.get("iscrowd", 0)])
-            masks = torch.cat([masks, torch.from_numpy(coco.annToMask(x))[None]])
-    return as_target(image, rows, masks=Mask(masks))
+            masks.append(torch.from_numpy(coco.annToMask(x)))
+    return as_target(image, rows, masks=Mask(torch.stack(masks)[1:]))
 
 
 def load_split(args, split):
@@ -196,15 +180,11 @@ def load_split(args, split):
     if args.task == "segmentation":
         return VOCSegmentation(args.data, *split.split(), target_transform=Mask)
     if args.task != "coco":
-        how = (
-            {"target_transform": voc_classes} if args.task == "classification" else {"transforms": voc_target}
-        )
-        return VOCDetection(args.data, *split.split(), **how)
+        return VOCDetection(args.data, *split.split(), transforms=partial(voc_target, args.task))
     part = CocoDetection(f"{args.data}/{split}", f"{args.data}/annotations/instances_{split}.json")
     found, label_of = part.coco.imgToAnns, {c: k for k, c in enumerate(sorted(part.coco.getCatIds()), 1)}
     part.transforms = partial(coco_target, part.coco, label_of)
-    empty = [split in args.train and all(x.get("iscrowd") for x in found[i]) for i in part.ids]
-    part.ids = [i for i, skip in zip(part.ids, empty, strict=True) if not skip]
+    part.ids = [i for i in part.ids if split == args.test or any(not x.get("iscrowd") for x in found[i])]
     part.images = [f"{args.data}/{split}/{part.coco.imgs[i]['file_name']}" for i in part.ids]
     return part
 
@@ -233,11 +213,9 @@ class Examples(Dataset):
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(seed)
             if args.task == "classification":
-                flip, crop = (
-                    v2.RandomHorizontalFlip(),
-                    v2.RandomResizedCrop(args.image_size, args.crop_area, (1, 1)),
-                )
-                crops = [pil_to_tensor(crop(flip(image))) for _ in range(1 if self.training else 10)]
+                crop = v2.RandomResizedCrop(args.image_size, args.crop_area, (1, 1))
+                crop = v2.Compose([v2.RandomHorizontalFlip(), crop, v2.PILToTensor()])
+                crops = [crop(image) for _ in range(1 if self.training else 10)]
                 return normalize(torch.stack(crops) / 255, args.mean, args.std), target
             flip = v2.RandomHorizontalFlip(0.5 * self.training)
             image, target = flip(pil_to_tensor(image) / 255, target)
@@ -279,11 +257,9 @@ def split(backbone):
 
 
 def make_classifier(backbone):
-    """Images -> logits (B, 20); hidden linear layers, and their batch norm, start anew, as in the code."""
+    """Images -> logits (B, 20); hidden linear layers start anew, as in the code."""
     net = nn.Sequential(backbone, nn.ReLU(), nn.Linear(backbone.dim, 20))
     for layer in net.modules():
-        if isinstance(layer, (nn.Linear, nn.BatchNorm1d)):
-            layer.reset_parameters()
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, 0, 0.01)
             nn.init.constant_(layer.bias, 0.1)
@@ -306,17 +282,15 @@ def make_network(args, backbone, classes):
     sides = tuple(max(1, round(a * args.min_size[-1] / args.anchors_for)) for a in args.anchors)
     kind, more = FasterRCNN, {}
     if args.task == "coco":
-        width = backbone.dim if resnet else channels
         mask_head = head[0] if resnet else MaskRCNNHeads(channels, [channels] * 4, 1)
-        kind, more = MaskRCNN, {"mask_roi_pool": regions(14), "mask_head": mask_head}
-        more["mask_predictor"] = MaskRCNNPredictor(width, min(width, 256), classes)
-    before, after, before_test, after_test = args.proposals
+        last = MaskRCNNPredictor(backbone.dim if resnet else channels, min(channels, 256), classes)
+        kind, more = MaskRCNN, {"mask_roi_pool": regions(14), "mask_head": mask_head, "mask_predictor": last}
+    names = ("pre_nms_top_n_train", "post_nms_top_n_train", "pre_nms_top_n_test", "post_nms_top_n_test")
+    more |= {f"rpn_{name}": count for name, count in zip(names, args.proposals, strict=True)}
     return kind(
         trunk, min_size=args.min_size, max_size=args.max_size, image_mean=args.mean, image_std=args.std,
-        rpn_anchor_generator=AnchorGenerator((sides,), ((0.5, 1.0, 2.0),)), rpn_pre_nms_top_n_train=before,
-        rpn_post_nms_top_n_train=after, rpn_pre_nms_top_n_test=before_test, rpn_post_nms_top_n_test=after_test,
-        box_roi_pool=regions(side), box_head=head, box_predictor=FastRCNNPredictor(backbone.dim, classes),
-        box_batch_size_per_image=args.rois, **more,
+        rpn_anchor_generator=AnchorGenerator((sides,), ((0.5, 1.0, 2.0),)), box_batch_size_per_image=args.rois,
+        box_roi_pool=regions(side), box_head=head, box_predictor=FastRCNNPredictor(backbone.dim, classes), **more,
     )  # fmt: skip
 
 
@@ -349,7 +323,7 @@ def loss_of(task, net, images, targets):
 def average_precision(scores, positive):
     """(AP of 11 points [VOC 2007], AP as area [VOC 2010]) of a ranking: scores (n,), positive (n,) bool.
 
-    The mean over recalls (0, 0.1 .. 1, or those at the positives) of the best precision at this recall or more. Of
+    The mean over recalls 0, 0.1 .. 1, or those at the positives, of the best precision at this recall or more. Of
     equal scores those of positives come last. Without positives NaN."""
     order = positive.byte().argsort(stable=True)
     order = order[scores[order].argsort(descending=True, stable=True)]
@@ -390,19 +364,14 @@ def score_boxes(net, found):
     from torchmetrics.detection import MeanAveragePrecision  # which no other task needs
 
     kinds, scores = {"box": "bbox"} | ({"mask": "segm"} if net.roi_heads.has_mask() else {}), {}
-    metrics = {
-        name: MeanAveragePrecision(iou_type=kind, sync_on_compute=False) for name, kind in kinds.items()
-    }
+    metrics = {k: MeanAveragePrecision(iou_type=kind, sync_on_compute=False) for k, kind in kinds.items()}
     for images, targets in found:
         (guess,) = net(images)
         guess |= {"masks": guess["masks"][:, 0] > 0.5} if "mask" in kinds else {}
         for metric in metrics.values():
             metric.update(*([{k: x.cpu() for k, x in y.items()}] for y in (guess, *targets)))
     for kind, metric in metrics.items():
-        for (
-            name,
-            own,
-        ) in metric.metric_state.items():  # lists; of other lengths, torchmetrics would wait forever
+        for name, own in metric.metric_state.items():  # torchmetrics would hang where lengths of lists differ
             parts = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(parts, own)
             setattr(metric, name, sum(parts, []))
@@ -411,12 +380,11 @@ def score_boxes(net, found):
     return scores
 
 
-# %% one epoch
+# %% one epoch, main
 
 
 def train(net, optimizer, found, epoch, step, meter, args):
     """Steps over the batches `found`, numbered from `step` on."""
-    amp = args.amp and args.task in ("classification", "segmentation")
     lr = args.lr * args.lr_factor ** sum(epoch >= e for e in args.lr_steps)
     for module in net.train().modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
@@ -424,25 +392,13 @@ def train(net, optimizer, found, epoch, step, meter, args):
     for step, (images, targets) in enumerate(found, step):  # noqa: B020
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, 0.001 + step / max(1, args.warmup))
-        with autocast(images[0].device, amp):
+        with autocast(images[0].device, args.amp and args.task not in ("detection", "coco")):
             loss = loss_of(args.task, net, images, targets)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf)
         optimizer.step()
         meter.add(len(images), loss)
-
-
-@torch.no_grad()
-def evaluate(net, examples, device):
-    """{name: score} of the test images."""
-    keys, task = [(i, i) for i in range(*shard(len(examples.source)))], examples.args.task
-    score = {"classification": score_classes, "segmentation": score_pixels}.get(task, score_boxes)
-    size = examples.args.batch_size if task == "classification" else 1
-    return score(net.eval(), batches(examples, keys, size, device))
-
-
-# %% main
 
 
 def main():
@@ -464,7 +420,6 @@ def main():
     net = to_device(make_network(args, backbone.cpu(), classes), device)
     weights = [x for x in net.parameters() if x.requires_grad]
     optimizer = torch.optim.SGD(weights, args.lr, momentum=0.9, weight_decay=args.wd)
-
     run = Run("transfer", args, data, may_change={"epochs"})
     if run.finished:
         return
@@ -486,7 +441,10 @@ def main():
         run.end_epoch(record | {"seconds": time.time() - began}, "epoch", "loss", "seconds")
         state = {"epoch": epoch + 1, "net": net.state_dict(), "optimizer": optimizer.state_dict()}
         run.save(state, backbone, loader)
-    result = evaluate(net, tests, device)
+    score = {"classification": score_classes, "segmentation": score_pixels}.get(args.task, score_boxes)
+    size, keys = args.batch_size if args.task == "classification" else 1, range(*shard(len(test_set)))
+    with torch.no_grad():
+        result = score(net.eval(), batches(tests, [(i, i) for i in keys], size, device))
     run.log({"result": result})
     print_once(", ".join(f"{name}: {100 * score:.1f}" for name, score in result.items()))
     torch.distributed.destroy_process_group()
