@@ -38,7 +38,6 @@ Departs from the papers and their code, on purpose:
 """
 
 import argparse
-import math
 import time
 from functools import partial
 from importlib.util import find_spec
@@ -94,9 +93,8 @@ VOC = FCN_ResNet50_Weights.DEFAULT.meta["categories"]  # the background and 20 n
 
 def options(argv=None):
     """The command line as a namespace."""
-    style, yes_no = argparse.ArgumentDefaultsHelpFormatter, argparse.BooleanOptionalAction
-    p = argparse.ArgumentParser("python -m extras.transfer", formatter_class=style, add_help=False)
     # fmt: off
+    p = argparse.ArgumentParser("python -m extras.transfer", formatter_class=argparse.ArgumentDefaultsHelpFormatter, add_help=False)
     p.add_argument("run", nargs="?", help="run folder, backbone.pt or others' checkpoint, imagenet-resnet50 for torchvision's; else --random")
     p.add_argument("--task", choices=["classification", "detection", "coco", "segmentation"], default="classification", help="what to learn, see above")
     p.add_argument("--data", default="data", help="folder that has VOCdevkit/VOC2007 and VOC2012; coco: train2017, val2017, annotations")
@@ -104,10 +102,10 @@ def options(argv=None):
     p.add_argument("--overwrite", action="store_true", help="start afresh instead of continuing what is in --out")
     p.add_argument("--seed", type=number(int, 0, 2**32), default=0, help="decides every random number")
     p.add_argument("--device", choices=["auto", "cpu"], default="auto", help="auto: GPUs where there are some")
-    p.add_argument("--amp", action=yes_no, default=True, help="train in bf16 autocast on GPUs that compute in it")
-    p.add_argument("--workers", type=number(int, 0), default=4, help="processes that decode files, for each training process")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="train in bf16 autocast on GPUs that compute in it")
+    p.add_argument("--workers", type=number(int, 0), default=min(8, torch.multiprocessing.cpu_count()), help="processes that decode files, for each training process")
     p.add_argument("--random", metavar="ARCH", choices=ARCHS, help=f"start from random weights: {', '.join(ARCHS)}")
-    p.add_argument("--sobel", action=yes_no, default=False, help="with --random: filter images by Sobel's operator")
+    p.add_argument("--sobel", action=argparse.BooleanOptionalAction, default=False, help="with --random: filter images by Sobel's operator")
     p.add_argument("--image-size", type=number(int, 1, 4096), default=224, help="with --random: of images at which linear layers and stem are built, and of classification's crops")
     g = p.add_argument_group("training")
     g.add_argument("--layers", choices=["all", "fc6-8"], help="fc6-8: convolutions of the backbone are frozen [DeepCluster 4.4]")
@@ -253,7 +251,7 @@ def split(backbone):
             layer.padding, channels = tuple(k // 2 for k in layer.kernel_size), layer.out_channels
     inputs = next(layer for layer in net.classifier if isinstance(layer, nn.Linear)).in_features
     head = nn.Sequential(nn.Flatten(), net.classifier, nn.ReLU())
-    return [backbone.sobel, *layers], channels, head, math.isqrt(inputs // channels)
+    return [backbone.sobel, *layers], channels, head, round((inputs / channels) ** 0.5)
 
 
 def make_classifier(backbone):
@@ -390,13 +388,12 @@ def train(net, optimizer, found, epoch, step, meter, args):
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
             module.eval()  # it keeps its statistics
     for step, (images, targets) in enumerate(found, step):  # noqa: B020
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, 0.001 + step / max(1, args.warmup))
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, 0.001 + step / args.warmup) if args.warmup else lr
         with autocast(images[0].device, args.amp and args.task not in ("detection", "coco")):
             loss = loss_of(args.task, net, images, targets)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf)
+        nn.utils.clip_grad_norm_(net.parameters(), args.clip or float("inf"))
         optimizer.step()
         meter.add(len(images), loss)
 
@@ -428,7 +425,6 @@ def main():
         net.load_state_dict(run.state["net"])
         optimizer.load_state_dict(run.state["optimizer"])
     trained = parallel(net)
-
     for epoch in range(done, args.epochs):
         began, gen = time.time(), seed_epoch(args.seed, epoch)
         order = torch.randperm(len(data), generator=gen)[: steps * args.batch_size].view(steps, -1)

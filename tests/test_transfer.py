@@ -19,7 +19,7 @@ from PIL import Image
 SCRIPT = f"{ROOT}/extras/transfer.py"
 LENET = "--random lenet5 --image-size 32 --data VOC --workers 0 --device cpu --out run"
 RUNS = {  # that learn to find drawn shapes, and for the network as it starts
-    "classification": f"{LENET} --task classification --epochs 30 --lr 0.01 --lr-steps 20",
+    "classification": f"{LENET} --task classification --batch-size 4 --epochs 40 --lr 0.01 --lr-steps 25 35",
     "detection": f"{LENET} --task detection --epochs 6 --batch-size 4 --lr 0.02 --lr-steps 5 --warmup 20",
     "coco": f"{LENET}/coco --task coco --epochs 5 --batch-size 4 --lr 0.02 --lr-steps 4 --warmup 20",
     "segmentation": f"{LENET} --task segmentation --epochs 8 --batch-size 8 --lr 0.05",
@@ -303,7 +303,9 @@ def test_annotations_of_voc():
 
 
 def splits(task, voc, arch="lenet5", more=""):
-    args = transfer.options([*f"--random {arch} --task {task} --data {voc} --image-size 32 {more}".split()])
+    args = transfer.options(
+        [*f"--random {arch} --task {task} --data {voc} --image-size 32 --workers 0 {more}".split()]
+    )
     train, test, paths, classes = transfer.load(args)
     return args, transfer.Examples(train, args, True), transfer.Examples(test, args, False), paths, classes
 
@@ -517,7 +519,7 @@ def test_segmentation_of_drawn_shapes(trained, go):
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(go, task):
     short = f"{RUNS[task]} --epochs 2"
     whole = go(short)
-    steps = 64 // (16 if task == "classification" else 4)
+    steps = 64 // 4
     killed = go(short, trap("extras.transfer", "extras.transfer", "loss_of", steps + 2), ok=False)
     assert killed.code == -9 and killed.state()["epoch"] == 1
     again = go(short, folder=killed.folder)
