@@ -16,15 +16,25 @@ import torch
 from jobs import ROOT, epochs, one_error, refusal, trap
 from PIL import Image
 
+for name in ("torchmetrics", "pycocotools"):
+    pytest.importorskip(name, reason="pip install -r extras/requirements.txt")
+
 SCRIPT = f"{ROOT}/extras/transfer.py"
-LENET = "--random lenet5 --image-size 32 --data VOC --workers 0 --device cpu --out run"
+LENET = "--random lenet5 --image-size 32 --workers 0 --device cpu --out run --data VOC"
 RUNS = {  # that learn to find drawn shapes, and for the network as it starts
     "classification": f"{LENET} --task classification --batch-size 4 --epochs 40 --lr 0.01 --lr-steps 25 35",
     "detection": f"{LENET} --task detection --epochs 6 --batch-size 4 --lr 0.02 --lr-steps 5 --warmup 20",
     "coco": f"{LENET}/coco --task coco --epochs 5 --batch-size 4 --lr 0.02 --lr-steps 4 --warmup 20",
     "segmentation": f"{LENET} --task segmentation --epochs 8 --batch-size 8 --lr 0.05",
 }
-RUNS["coco"] = RUNS["coco"].replace("--data VOC", "--data VOC/coco").replace("run/coco", "run")
+COUNT = """
+from extras import transfer
+def counted(examples, keys, *rest, real=transfer.batches):
+    print(len(keys), "images")
+    return real(examples, keys, *rest)
+transfer.batches = counted
+transfer.main()
+"""
 SIDE = 64
 COLORS = {"aeroplane": (255, 40, 40), "cat": (40, 255, 40), "sofa": (60, 90, 255)}  # of the drawn classes
 
@@ -232,6 +242,23 @@ def test_pixels_are_scored_but_the_void():
     found = [([torch.zeros(3, 2, 3)], [truth])]
     # Class 0: 1 of 2 pixels, 1: 1 of 1, 20: 1 of 2.
     assert transfer.score_pixels(net, found) == {"mean IoU": pytest.approx(2 / 3)}
+
+
+def test_padding_and_void_are_out_of_the_loss():
+    """Images of two sizes, a network of single pixels: the mean over the pixels of both that are known."""
+    gen = torch.Generator().manual_seed(0)
+    images = [torch.rand(3, *size, generator=gen) for size in ((4, 6), (5, 3))]
+    truth = [torch.randint(21, x.shape[1:], generator=gen) for x in images]
+    truth[0][1, 2], truth[1][4, :] = 255, 255
+    weights = torch.randn(21, 3, generator=gen)
+    loss = transfer.loss_of(
+        "segmentation", lambda x: torch.einsum("kc,bchw->bkhw", weights, x), images, truth
+    )
+    each = []
+    for image, classes in zip(images, truth, strict=True):
+        for pixel, c in zip(image.flatten(1).T, classes.flatten().tolist(), strict=True):
+            each += [] if c == 255 else [-(weights @ pixel).log_softmax(0)[c].item()]
+    assert len(each) == 24 + 15 - 4 and loss.item() == pytest.approx(np.mean(each), rel=1e-5)
 
 
 def test_difficult_objects_are_out_of_loss_and_score():
@@ -497,6 +524,8 @@ def test_classification_learns_drawn_classes(trained, go):
     job = trained("classification")
     assert min(result(job).values()) > 0.8 > 0.7 > max(untrained(go, "classification").values())
     assert epochs(job.log())[-1]["loss"] < 4 < 20 * np.log(2)
+    means, stds = (job.state()["net"][f"0.net.features.1.running_{name}"] for name in ("mean", "var"))
+    assert (means != 0).all() and (stds != 1).all()  # of training images, as the network is random
 
 
 def test_detection_finds_drawn_shapes(trained, go):
@@ -533,12 +562,16 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(go, task):
 
 @pytest.mark.parametrize("task", RUNS)
 def test_two_processes_give_the_same_scores(trained, go, task, tmp_path):
-    """33 test images, 17 and 16 for each; the log without its result makes the run evaluate once more."""
+    """33 test images, 16 and 17 for each; the log without its result makes the run evaluate once more."""
     job = trained(task)
     shutil.copytree(job.run, tmp_path / "run")
     lines = (job.run / "log.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "run" / "log.jsonl").write_text("".join(lines[:-1]))
-    again = go(RUNS[task], world=2, folder=tmp_path)
+    again = go(RUNS[task], COUNT, world=2, folder=tmp_path)
+    assert ["16 images" in again.by_process("out")[0], "17 images" in again.by_process("out")[1]] == [
+        True,
+        True,
+    ]
     assert result(again) == pytest.approx(result(job), abs=1e-6) and "result" in lines[-1]
 
 
