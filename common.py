@@ -253,6 +253,7 @@ class Names(Sequence):
         return len(self.ends) - 1
 
     def __getitem__(self, i):
+        i = range(len(self))[i]
         return os.fsdecode(self.joined[self.ends[i] : self.ends[i + 1]])
 
 

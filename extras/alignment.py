@@ -67,7 +67,7 @@ def main(argv=None):
         error(f"initial alignment compares with labels, and {data} have none")
     loader = Loader(data, args.batch_size, args.image_size, args.center_fraction, device, args.workers)
     out.mkdir(parents=True, exist_ok=True)
-    lines, found = [what_runs(args, data)], {}
+    lines, found = [what_runs(args, data) | {"args": {**vars(args), **vars(asked)}}], {}
     for k in sorted(asked.ks or [args.k]):
         args.k, values = k, found.setdefault(k, [])
         for seed in range(args.seed, args.seed + asked.seeds):

@@ -25,7 +25,7 @@ at 224 pixels, takes AlexNet 0.7 s and VGG-16 10 s: use a GPU for those.
 
 Departs from the papers and DeepCluster's code, on purpose:
  1. The gradient is divided by its root mean square, not by its norm: a step is the same for all image sizes. Images
-    stay in the range of real ones: what is shown is what the network sees. Steps and their number are ours.
+    stay in the range of real ones: what is shown is what the network sees. Steps, decay and blur are ours.
  2. Below zero ReLU has a slope of 0.01 in the gradient, so that a silent channel wakes (the code: no ReLU for it).
  3. The last convolution of a ResNet's block is taken before the shortcut is added.
 """

@@ -23,7 +23,8 @@ core, so Oxford seven hours: use a GPU. On the tests' colored squares, a network
 with whitening and 0.97 without, a random ranking 0.25.
 
 Departs from the papers and their code, on purpose:
- 1. Regions go to the map's border in whole steps, and are as many as the overlap asks for (the code: at most 7).
+ 1. Regions are as many as the overlap asks for (the code: at most 7), and images all of the set (the code leaves out 20
+    of Paris).
  2. The map is that before the last pooling layer, as in DeepCluster's code.
  3. A query is cut out, then resized (the code: the other way round). Images lie upright as their files say.
  4. Whitening floors eigenvalues at 1e-6 of the largest (the code: 1e-5) and keeps all D axes (the code: 512).

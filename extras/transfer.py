@@ -23,16 +23,17 @@ COCO train2017 with objects. --epochs 0 tests the network as it starts. Stopped,
 last epoch. What to expect: nobody has run VOC or COCO with it yet, so there is no number.
 
 Departs from the papers and their code, on purpose:
- 1. Batch norm of convolutions is frozen; MoCo and CoKe train it, over all GPUs, and add one behind layer4. A random
-    network's has the statistics of 256 training images.
+ 1. Batch norm of convolutions is frozen; MoCo and CoKe train it, over all GPUs, and add one behind layer4, and
+    DeepCluster's classification trains its weights. A random network's has the statistics of 256 training images.
  2. CoKe's network for COCO is an FPN, ours MoCo's C4, with schedule "1x". CoKe searches the learning rate: --lr.
  3. Boxes are scored as COCO's (101 points, 100 an image), on VOC, too (the papers: 11 points); difficult objects
-    are then neither found nor missed, like COCO's crowds. As in Detectron2 they train ResNets.
- 4. AlexNet, VGG-16, LeNet-5: RoIAlign (py-faster-rcnn: pooling); convolutions pad half their kernel, so that a cell
-    of the map lies where it looks; masks by four convolutions. Anchors follow the size of test images.
+    are COCO's crowds: not missed, and no box inside them is wrong, which raises AP. As in Detectron2 they train ResNets.
+ 4. AlexNet, VGG-16, LeNet-5: RoIAlign (py-faster-rcnn: pooling); layers pad half their kernel, so that a cell of the
+    map lies where it looks, or half a cell off; masks by four convolutions. The first convolutions train, too. Anchors
+    follow the size of test images. Of all networks losses, RoIAlign, resizing and new layers are torchvision's.
  5. Segmentation: torchvision's FCN head, not fc6 and fc7 as convolutions; VOC 2012 train (the code: SBD); images
     padded to the batch's largest, half of them flipped; the loss is the mean over pixels.
- 6. Classification: 150,000 iterations as DeepCluster's scripts have, crops as in its eval_voc_classif.py.
+ 6. Classification: 150,000 iterations as DeepCluster's scripts have, crops as in its eval_voc_classif.py, whose mAP is ours by area.
  7. bf16 autocast on GPUs, but not of detectors, for it rounds boxes to 4 pixels. All but classification tests images
     one by one, as padding would change results. An epoch's last incomplete batch is dropped.
 """
@@ -63,19 +64,20 @@ from torchvision.tv_tensors import BoundingBoxes, Mask
 
 # %% recipes and options
 # Task and task-variant -> hyper-parameters. lr_factor: at each of lr_steps; clip: the gradient's largest norm; rois:
-# regions of an image that train the head; proposals: before and after suppression, in training, in testing.
+# regions of an image that train the head; proposals: before and after suppression, in training, in testing; nms: IoU
+# above which the weaker of two boxes of a class is dropped.
 
 SHARED = {"layers": "all", "lr_factor": 0.1, "warmup": 0, "clip": None, "difficult": False}
 C4 = {
     **SHARED, "epochs": 23, "batch_size": 16, "lr": 0.02, "lr_steps": [17, 21], "wd": 1e-4, "warmup": 100,
     "train": ["2007 trainval", "2012 trainval"], "test": "2007 test", "difficult": True,
     "min_size": [*range(480, 801, 32)], "max_size": 1333, "anchors": [32, 64, 128, 256, 512], "anchors_for": 800,
-    "rois": 512, "proposals": [12000, 2000, 6000, 1000],
+    "rois": 512, "proposals": [12000, 2000, 6000, 1000], "nms": 0.5,
 }  # fmt: skip
 PLAIN = {
     "epochs": 28, "batch_size": 2, "lr": 0.001, "lr_steps": [20], "wd": 5e-4, "warmup": 0, "difficult": False,
     "train": ["2007 trainval"], "min_size": [600], "max_size": 1000, "anchors": [128, 256, 512], "anchors_for": 600,
-    "rois": 128, "proposals": [12000, 2000, 6000, 300],
+    "rois": 128, "proposals": [12000, 2000, 6000, 300], "nms": 0.3,
 }  # fmt: skip
 OURS = {"rois": 64, "proposals": [500, 200, 500, 100], "min_size": [64], "max_size": 107}  # for a laptop
 RECIPES = {
@@ -247,6 +249,8 @@ def split(backbone):
     layers = list(net.features)
     layers = layers[:-1] if isinstance(layers[-1], nn.MaxPool2d) else layers
     for layer in layers:
+        if isinstance(layer, nn.MaxPool2d):
+            layer.padding = (layer.kernel_size - 1) // 2
         if isinstance(layer, nn.Conv2d):
             layer.padding, channels = tuple(k // 2 for k in layer.kernel_size), layer.out_channels
     inputs = next(layer for layer in net.classifier if isinstance(layer, nn.Linear)).in_features
@@ -288,7 +292,7 @@ def make_network(args, backbone, classes):
     return kind(
         trunk, min_size=args.min_size, max_size=args.max_size, image_mean=args.mean, image_std=args.std,
         rpn_anchor_generator=AnchorGenerator((sides,), ((0.5, 1.0, 2.0),)), box_batch_size_per_image=args.rois,
-        box_roi_pool=regions(side), box_head=head, box_predictor=FastRCNNPredictor(backbone.dim, classes), **more,
+        box_nms_thresh=args.nms, box_roi_pool=regions(side), box_head=head, box_predictor=FastRCNNPredictor(backbone.dim, classes), **more,
     )  # fmt: skip
 
 
@@ -319,18 +323,20 @@ def loss_of(task, net, images, targets):
 
 
 def average_precision(scores, positive):
-    """(AP of 11 points [VOC 2007], AP as area [VOC 2010]) of a ranking: scores (n,), positive (n,) bool.
+    """(AP of 11 points [VOC 2007], AP as area [DeepCluster's code]) of a ranking: scores (n,), positive (n,) bool.
 
-    The mean over recalls 0, 0.1 .. 1, or those at the positives, of the best precision at this recall or more. Of
-    equal scores those of positives come last. Without positives NaN."""
+    The mean over recalls 0, 0.1 .. 1 of the best precision at this recall or more; the mean of the precision at each
+    positive. Of equal scores those of positives come last. Without positives NaN."""
+    if not (count := positive.sum()):
+        return 0 / count, 0 / count
     order = positive.byte().argsort(stable=True)
     order = order[scores[order].argsort(descending=True, stable=True)]
-    hit, count = positive[order], positive.sum()
+    hit = positive[order]
     found = hit.cumsum(0)  # (n,)
     precision = found.double() / torch.arange(1, len(hit) + 1)
     best = precision.flip(0).cummax(0).values.flip(0)
     reached = 10 * found >= torch.arange(11)[:, None] * count  # (11, n), in whole numbers
-    return (reached * best).amax(1).mean() + 0 / count, best[hit].sum() / count
+    return (reached * best).amax(1).mean(), precision[hit].mean()
 
 
 def mean_iou(confusion):
@@ -406,6 +412,8 @@ def main():
     loader = Loader(data, args.batch_size, args.image_size, args.center_fraction, device, args.workers)
     examples, tests = Examples(train_set, args, True), Examples(test_set, args, False)
     steps = len(data) // args.batch_size
+    if len(test_set) < loader.world:
+        error(f"{len(test_set)} test images are fewer than the {loader.world} processes")
     print_once(f"{args.task}: {len(data)} and {len(test_set)} images, {steps} steps an epoch, on {device}")
 
     torch.manual_seed(args.seed)  # the same initial weights on all processes

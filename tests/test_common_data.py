@@ -566,5 +566,5 @@ def test_names_are_those_of_a_list():
     names = ["a/b.jpg", "", "\u00fc \u4e2d.png", "no text \udcff.jpg", "z"]
     found = common.Names(names)
     assert list(found) == names and len(found) == 5
-    assert (found[4], found[3], found[0]) == ("z", names[3], names[0])
+    assert (found[4], found[3], found[0], found[-1]) == ("z", names[3], names[0], "z")
     assert not common.Names([]) and list(common.Names([])) == []
