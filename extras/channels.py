@@ -13,8 +13,8 @@ through deep visualization, 2015: an image is changed until it activates one cha
     python -m extras.channels runs/deepcluster-imagenet
     python -m extras.channels runs/coke-digits --layer 1 --channels 0 1 2
 
-filters.png   of the first convolution; gray is 0. Behind a Sobel filter: as they act on the gray image, 2 larger
-channels.png  a row each of ten channels, or --channels, of the last convolution, or --layer
+filters.png   of the first convolution; gray is 0. Behind a Sobel filter: as they act on the gray image, 2 pixels wider
+channels.png  a row each of ten channels, or --channels, of the last convolution; channels-LAYER.png with --layer
 
 Both lie in the run's folder. Start it in the folder where the run was started, or say with --data where images
 are. One process, on a GPU where there is one.
@@ -166,10 +166,8 @@ def main(argv=None):
     if max(chosen) >= count:
         error(f"--channels: {layer} has 0 to {count - 1}")
     net, channels = to_device(layer_maps(backbone, layer), device), torch.tensor(chosen, device=device)
-    data, size = (
-        load_data(args.data or meta["data"], args.root, (meta["mean"], meta["std"]))[0],
-        meta["image_size"],
-    )
+    data = load_data(args.data or meta["data"], args.root, (meta["mean"], meta["std"]))[0]
+    size = meta["image_size"]
     loader = Loader(data, 256, size, meta["center_fraction"], device, args.workers, training=False)
     score = extract(net, loader, torch.arange(len(data)), lambda x: responses(x["maps"])[:, channels])
     best = strongest(score.cpu(), data.unreadable)
@@ -185,8 +183,9 @@ def main(argv=None):
     for i, channel in enumerate(chosen):
         found = torch.cat([x for _, x in loader.test(best[:, i])])
         rows[channel] = shown(made[i]), shown(found)
-    draw(draw_channels, folder / "channels.png", layer, rows)
-    print_once(f"written: {folder}/filters.png and {folder}/channels.png ({layer})")
+    name = f"channels-{layer}.png" if args.layer else "channels.png"
+    draw(draw_channels, folder / name, layer, rows)
+    print_once(f"written: {folder}/filters.png and {folder}/{name} ({layer})")
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ integral max-pooling, ICLR 2016. Data sets: Oxford 5k and Paris 6k (Philbin et a
                  descriptor = unit(sum over r of v_r)               (D,)
     each query:  the same of its rectangle; images by cosine, the nearest first; average precision of that list
 
-Symbols: D channels of the last map, h, w its sides, L --levels, R regions, m along the longer side for l = 1.
+Symbols: D channels of the last map, h, w its sides, L --levels, R regions. This descriptor is called R-MAC.
 
     python -m extras.retrieval runs/deepcluster-imagenet --data data/oxford5k --whiten data/paris6k
-    python -m extras.retrieval runs/deepcluster-imagenet --data data/paris6k --whiten data/oxford5k
 
 A data set is a folder with images and its own ground truth anywhere in it: NAME_query.txt, NAME_good.txt,
 NAME_ok.txt and NAME_junk.txt for each query. Files that cannot be read are named and ranked nowhere. One process, on
-a GPU where there is one; the result is printed and written as retrieval-DATA.json beside the run.
+a GPU where there is one. The result is printed and written beside the run: retrieval-DATA.json or -DATA-whitened.json.
 
 What to expect: the sets were not at hand, table 5 is not reproduced. VGG-16 takes 5 s for 1024 x 768 pixels on one
 core, so Oxford seven hours: use a GPU. On the tests' colored squares, a network that sees colors has an mAP of 1.0
@@ -59,7 +58,7 @@ OVERLAP = 0.4  # of neighboring regions for l = 1, as near as a whole number of 
 def regions(width, height, levels):
     """[(left, top, side)] of squares of a map: for l = 1..levels, l x (l + m - 1) of side 2 min(W, H) / (l + 1).
 
-    They reach from border to border. m: 1 for a square map, else 2 or more.
+    They reach from border to border. m: how many squares of side min(W, H) there are, 1 of a square map, else 2 or more.
     """
     short, long = sorted((width, height))
     m, found = 1, []
@@ -212,7 +211,7 @@ def main(argv=None):
     result = {"map": mean(scores.values()), "map_of_random_ranking": mean(random)}
     record = {**what_runs(args, names), **result, "average_precision": scores, "seconds": time.time() - begin}
     folder = Path(args.run) if os.path.isdir(args.run) else Path(args.run).parent
-    path = folder / f"retrieval-{Path(args.data).resolve().name}.json"
+    path = folder / f"retrieval-{Path(args.data).resolve().name}{'-whitened' * bool(args.whiten)}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print_once(f"REPORT mAP {result['map']:.4f}, random ranking {mean(random):.4f}; written to {path}")
 

@@ -93,6 +93,9 @@ def collect(runs):
     """{Row: [(seed, scores, command), ..]} of what read_run returns, for each run."""
     rows = {}
     for log, evals in runs:
+        if "arch" not in log[0]["args"]:
+            print(f"left out, no run of these methods: {log[0]['command']}", file=sys.stderr)
+            continue
         args, seed, (method, own) = log[0]["args"], log[0]["args"]["seed"], method_of(log[0])
         args = {"train_on": "train", **args}  # as the others than LSD-C do
         command = log[0]["command"].replace(f"seed{seed}", "seedS")

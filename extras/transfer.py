@@ -3,37 +3,36 @@
 What a network learnt without labels is worth where they are few, by the protocols of DeepCluster (Caron et al., ECCV
 2018, 4.4 and code) and CoKe (Qian et al., CVPR 2022, supplementary 2.3, which follows MoCo's code).
 
-    classification  logits = linear(fc7(fc6(map)))  (B, 20)             mAP of the mean of ten random crops
-    detection       class, box = head(RoIAlign(map, proposals))         Faster R-CNN; AP, AP50, AP75 of boxes
-    coco            the same, and mask = layer4(RoIAlign(map, boxes))   Mask R-CNN; those of masks, too
-    segmentation    scores = enlarge(FCN head(map))  (B, 21, H, W)      mean IoU
+    classification  logits = linear(features)  (B, 20)                   mAP of the mean of ten random crops
+    detection       proposals = boxes which two small convolutions of the map take for objects
+                    class, box = head(map cut to each proposal)          Faster R-CNN: AP, AP50, AP75 of boxes
+    coco            the same, and a mask for each box                    Mask R-CNN: those of masks, too
+    segmentation    scores = enlarge(convolutions(map))  (B, 21, H, W)   FCN: mean IoU
 
-map: the last one; in detection and coco that of ResNet's layer3 (layer4 is the head: C4), of other networks that
-before the last pool (the hidden linear layers are the head).
+map and head: of ResNets the map of layer3 and layer4 (called C4), for segmentation the map of layer4; of other networks
+the map before the last pool and the hidden linear layers.
 
-    python -m extras.transfer RUN --layers fc6-8            RUN: run folder, backbone.pt or checkpoint
-    python -m extras.transfer --random alexnet --sobel      a random network: the lowest row of a table
-    python -m extras.transfer RUN --task segmentation --data data       where data/VOCdevkit/VOC2012 is
-    torchrun --nproc_per_node=8 -m extras.transfer RUN --task detection
+    python -m extras.transfer RUN --layers fc6-8            convolutions frozen; RUN: run folder, backbone.pt, checkpoint
+    python -m extras.transfer --random alexnet --sobel      a random network, to compare with
     torchrun --nproc_per_node=8 -m extras.transfer RUN --task coco --data data/coco
 
-Task and network decide the recipe, flags override. Iterations of the papers are epochs here: iterations x batch size /
-images, rounded, for 5,011 images of VOC 2007 trainval, 16,551 with those of 2012, 1,464 of VOC 2012 train, 117,266 of
-COCO train2017 with objects. --epochs 0 tests the network as it starts. Stopped, the same command goes on after the
-last epoch. What to expect: nobody has run VOC or COCO with it yet, so there is no number.
+Task and network decide the recipe, flags override. The papers' iterations are epochs here: iterations x batch size /
+images, rounded: 5,011 of VOC 2007 trainval, 16,551 with 2012's, 1,464 of VOC 2012 train, 117,266 of COCO train2017 with
+objects. --epochs 0 tests the network as it starts. Own data: in these formats, VOC's with its 20 names. What to expect:
+nobody has run VOC or COCO with it yet. On a CPU networks of up to 64 pixels are quick, by recipes with few proposals.
 
 Departs from the papers and their code, on purpose:
  1. Batch norm of convolutions is frozen; MoCo and CoKe train it, over all GPUs, and add one behind layer4, and
     DeepCluster's classification trains its weights. A random network's has the statistics of 256 training images.
  2. CoKe's network for COCO is an FPN, ours MoCo's C4, with schedule "1x". CoKe searches the learning rate: --lr.
- 3. Boxes are scored as COCO's (101 points, 100 an image), on VOC, too (the papers: 11 points); difficult objects
-    are COCO's crowds: not missed, and no box inside them is wrong, which raises AP. As in Detectron2 they train ResNets.
+ 3. Boxes are scored as COCO's (101 points, 100 an image), on VOC, too (the papers: 11 points). Difficult objects are
+    COCO's crowds: not missed, and no box inside them is wrong, which raises AP. With ResNets they are trained on.
  4. AlexNet, VGG-16, LeNet-5: RoIAlign (py-faster-rcnn: pooling); layers pad half their kernel, so that a cell of the
     map lies where it looks, or half a cell off; masks by four convolutions. The first convolutions train, too. Anchors
     follow the size of test images. Of all networks losses, RoIAlign, resizing and new layers are torchvision's.
  5. Segmentation: torchvision's FCN head, not fc6 and fc7 as convolutions; VOC 2012 train (the code: SBD); images
     padded to the batch's largest, half of them flipped; the loss is the mean over pixels.
- 6. Classification: 150,000 iterations as DeepCluster's scripts have, crops as in its eval_voc_classif.py, whose mAP is ours by area.
+ 6. Classification: crops, 150,000 iterations and mAP by area are DeepCluster's code's, not in the paper.
  7. bf16 autocast on GPUs, but not of detectors, for it rounds boxes to 4 pixels. All but classification tests images
     one by one, as padding would change results. An epoch's last incomplete batch is dropped.
 """
@@ -64,8 +63,8 @@ from torchvision.tv_tensors import BoundingBoxes, Mask
 
 # %% recipes and options
 # Task and task-variant -> hyper-parameters. lr_factor: at each of lr_steps; clip: the gradient's largest norm; rois:
-# regions of an image that train the head; proposals: before and after suppression, in training, in testing; nms: IoU
-# above which the weaker of two boxes of a class is dropped.
+# regions of an image that train the head; proposals: before and after suppression in training, then in testing; nms:
+# from this IoU on the weaker of two boxes is dropped.
 
 SHARED = {"layers": "all", "lr_factor": 0.1, "warmup": 0, "clip": None, "difficult": False}
 C4 = {
@@ -79,12 +78,12 @@ PLAIN = {
     "train": ["2007 trainval"], "min_size": [600], "max_size": 1000, "anchors": [128, 256, 512], "anchors_for": 600,
     "rois": 128, "proposals": [12000, 2000, 6000, 300], "nms": 0.3,
 }  # fmt: skip
-OURS = {"rois": 64, "proposals": [500, 200, 500, 100], "min_size": [64], "max_size": 107}  # for a laptop
+LAPTOP = {"rois": 64, "proposals": [500, 200, 500, 100], "min_size": [64], "max_size": 107}  # up to 64 pixels
 RECIPES = {
     "classification": {**SHARED, "epochs": 479, "batch_size": 16, "lr": 0.001, "lr_steps": [*range(64, 479, 64)],
         "lr_factor": 0.5, "wd": 1e-6, "clip": 10.0, "train": ["2007 trainval"], "test": "2007 test", "crop_area": [0.1, 0.5]},
     "classification-fc6-8": {"lr": 0.003, "lr_steps": [*range(16, 479, 16)]},
-    "detection": C4, "detection-plain": PLAIN, "detection-lenet5": OURS, "coco-lenet5": OURS,
+    "detection": C4, "detection-plain": PLAIN, "detection-small": LAPTOP, "coco-small": LAPTOP,
     "coco": {**C4, "epochs": 12, "lr_steps": [8, 11], "warmup": 1000, "min_size": [*range(640, 801, 32)],
         "train": ["train2017"], "test": "val2017", "difficult": False},
     "segmentation": {**SHARED, "epochs": 1366, "batch_size": 20, "lr": 1e-4, "lr_steps": [], "wd": 5e-4,
@@ -98,7 +97,7 @@ def options(argv=None):
     # fmt: off
     p = argparse.ArgumentParser("python -m extras.transfer", formatter_class=argparse.ArgumentDefaultsHelpFormatter, add_help=False)
     p.add_argument("run", nargs="?", help="run folder, backbone.pt or others' checkpoint, imagenet-resnet50 for torchvision's; else --random")
-    p.add_argument("--task", choices=["classification", "detection", "coco", "segmentation"], default="classification", help="what to learn, see above")
+    p.add_argument("--task", choices=["classification", "detection", "coco", "segmentation"], default="classification", help="VOC 2007 classes, VOC boxes, COCO boxes and masks, VOC 2012 pixels")
     p.add_argument("--data", default="data", help="folder that has VOCdevkit/VOC2007 and VOC2012; coco: train2017, val2017, annotations")
     p.add_argument("--out", help="run folder; None: runs/transfer-TASK-LAYERS-NAME")
     p.add_argument("--overwrite", action="store_true", help="start afresh instead of continuing what is in --out")
@@ -122,6 +121,8 @@ def options(argv=None):
     # fmt: on
     known, _ = p.parse_known_args(argv)
     if bool(known.run) == bool(known.random):
+        p.add_argument("-h", "--help", action="help")
+        p.parse_known_args(argv)
         p.error("give a run folder, backbone.pt or checkpoint, or --random ARCH")
     meta = {"arch": known.random, "channels": 3, "image_size": known.image_size, "center_fraction": 0.875}
     meta = read_backbone(known.run)["meta"] if known.run else {**meta, "mean": Images.mean, "std": Images.std}
@@ -131,9 +132,11 @@ def options(argv=None):
     needed = ("torchmetrics", "pycocotools") if task in ("detection", "coco") else ()
     if missing := [name for name in needed if not find_spec(name)]:
         error(f"--task {task} needs {' and '.join(missing)}: pip install -r extras/requirements.txt")
-    for variant in ("", "" if "resnet" in arch else "-plain", f"-{layers}", f"-{arch}"):
-        p.set_defaults(**RECIPES.get(task + variant, {}))
-    name = Path(known.run).resolve().stem if known.run else f"random-{arch}"
+    kind, size = "resnet" if "resnet" in arch else "plain", "small" if meta["image_size"] <= 64 else "large"
+    for variant in (task, f"{task}-{kind}", f"{task}-{size}", f"{task}-{layers}"):  # the later ones override
+        p.set_defaults(**RECIPES.get(variant, {}))
+    run = Path(known.run or f"random-{arch}{'-sobel' * known.sobel}").resolve()
+    name = (run.parent if run.name == "backbone.pt" else run).name
     p.set_defaults(out=f"runs/transfer-{task}-{layers}-{name}")
     p.add_argument("-h", "--help", action="help", help="show this, with the defaults of the task")
     args = p.parse_args(argv)
@@ -194,8 +197,9 @@ def load(args):
     try:
         *train, test = [load_split(args, split) for split in [*args.train, args.test]]
     except (OSError, RuntimeError) as problem:
-        wanted = "annotations/instances_" if args.task == "coco" else "VOCdevkit/VOC"
-        error(f"--data {args.data}: no {wanted}.. of {', '.join([*args.train, args.test])} ({problem})")
+        wanted = "train2017, val2017, annotations" if args.task == "coco" else "VOCdevkit/VOC2007, say"
+        splits = ", ".join([*args.train, args.test])
+        error(f"--data {args.data} should have {wanted}, with {splits}; {str(problem).split('. You')[0]}")
     classes = 1 + len(test.coco.getCatIds()) if args.task == "coco" else 21  # 0 is the background
     return ConcatDataset(train), test, [path for part in train for path in part.images], classes
 
@@ -258,23 +262,17 @@ def split(backbone):
     return [backbone.sobel, *layers], channels, head, round((inputs / channels) ** 0.5)
 
 
-def make_classifier(backbone):
-    """Images -> logits (B, 20); hidden linear layers start anew, as in the code."""
-    net = nn.Sequential(backbone, nn.ReLU(), nn.Linear(backbone.dim, 20))
-    for layer in net.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, 0, 0.01)
-            nn.init.constant_(layer.bias, 0.1)
-    return net
-
-
 def make_network(args, backbone, classes):
     """The network of the task around the backbone; its new layers are random."""
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d) or args.layers == "fc6-8" and isinstance(module, nn.Conv2d):
             module.requires_grad_(False)
     if args.task == "classification":
-        return make_classifier(backbone)
+        net = nn.Sequential(backbone, nn.ReLU(), nn.Linear(backbone.dim, 20))
+        for layer in (m for m in net.modules() if isinstance(m, nn.Linear)):  # all start anew, as in the code
+            nn.init.normal_(layer.weight, 0, 0.01)
+            nn.init.constant_(layer.bias, 0.1)
+        return net
     (layers, channels, head, side), resnet = split(backbone), hasattr(backbone.net, "layer4")
     if args.task == "segmentation":
         layers, channels = ([*layers, head[0]], backbone.dim) if resnet else (layers, channels)
@@ -346,12 +344,13 @@ def mean_iou(confusion):
 
 
 def score_classes(net, found):
-    """{mAP} of the mean logits of ten crops; classes without positives do not count."""
+    """{mAP} of the mean logits of ten crops; classes without positives do not count. Of random scores: their share."""
     rows = [(net(torch.cat(x)).view(len(x), 10, -1).mean(1), torch.stack(y)) for x, y in found]
     scores, y = (all_gather(torch.cat(x)).cpu() for x in zip(*rows, strict=True))  # (n, 20)
     each = [average_precision(s[t >= 0], t[t >= 0] > 0) for s, t in zip(scores.T, y.T, strict=True)]
     eleven, area = torch.tensor(each).nanmean(0).tolist()
-    return {"mAP, 11 points (VOC 2007)": eleven, "mAP, area": area}
+    share = ((y > 0).sum(0) / (y >= 0).sum(0))[(y > 0).any(0)].mean().item()
+    return {"mAP, 11 points (VOC 2007)": eleven, "mAP, area": area, "mAP of random scores": share}
 
 
 def score_pixels(net, found):
@@ -387,13 +386,13 @@ def score_boxes(net, found):
 # %% one epoch, main
 
 
-def train(net, optimizer, found, epoch, step, meter, args):
-    """Steps over the batches `found`, numbered from `step` on."""
+def train(net, optimizer, found, epoch, first, meter, args):
+    """Steps over the batches `found`, numbered from `first` on."""
     lr = args.lr * args.lr_factor ** sum(epoch >= e for e in args.lr_steps)
     for module in net.train().modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
             module.eval()  # it keeps its statistics
-    for step, (images, targets) in enumerate(found, step):  # noqa: B020
+    for step, (images, targets) in enumerate(found, first):
         optimizer.param_groups[0]["lr"] = lr * min(1.0, 0.001 + step / args.warmup) if args.warmup else lr
         with autocast(images[0].device, args.amp and args.task not in ("detection", "coco")):
             loss = loss_of(args.task, net, images, targets)
@@ -412,8 +411,6 @@ def main():
     loader = Loader(data, args.batch_size, args.image_size, args.center_fraction, device, args.workers)
     examples, tests = Examples(train_set, args, True), Examples(test_set, args, False)
     steps = len(data) // args.batch_size
-    if len(test_set) < loader.world:
-        error(f"{len(test_set)} test images are fewer than the {loader.world} processes")
     print_once(f"{args.task}: {len(data)} and {len(test_set)} images, {steps} steps an epoch, on {device}")
 
     torch.manual_seed(args.seed)  # the same initial weights on all processes
@@ -450,7 +447,7 @@ def main():
     with torch.no_grad():
         result = score(net.eval(), batches(tests, [(i, i) for i in keys], size, device))
     run.log({"result": result})
-    print_once(", ".join(f"{name}: {100 * score:.1f}" for name, score in result.items()))
+    print_once("REPORT", ", ".join(f"{name}: {100 * score:.1f}" for name, score in result.items()))
     torch.distributed.destroy_process_group()
 
 

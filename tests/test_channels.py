@@ -223,7 +223,9 @@ def test_the_nine_greenest_and_reddest_images_are_found_in_their_order(tmp_path,
     ]
     channels.main(command)
     (path, layer, rows) = shown[0]
-    assert path == tmp_path / "run/channels.png" and layer == "features.0" and list(rows) == [1, 0, 5]
+    assert (
+        path == tmp_path / "run/channels-features.0.png" and layer == "features.0" and list(rows) == [1, 0, 5]
+    )
     for made, found in rows.values():
         assert (
             found.shape == (9, 3, 32, 32) and made.shape == (3, 32, 32) and 0 <= made.min() <= made.max() <= 1
@@ -236,7 +238,7 @@ def test_the_nine_greenest_and_reddest_images_are_found_in_their_order(tmp_path,
     assert rows[0][0].mean((1, 2))[0] > 0.7 > 0.6 > rows[0][0][1:].mean((1, 2)).max()
     assert rows[1][0].mean((1, 2))[1] > 0.7 > 0.6 > rows[1][0][[0, 2]].mean((1, 2)).max()
     assert rows[5][0].mean((1, 2))[2] < 0.3  # the less blue, the more it responds
-    assert f"{tmp_path}/run/filters.png and {tmp_path}/run/channels.png" in capsys.readouterr().out
+    assert f"{tmp_path}/run/filters.png and {tmp_path}/run/channels-features.0.png" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script, more", [("coke", "--warmup-epochs 1"), ("deepcluster", "--k 10 --sobel")])

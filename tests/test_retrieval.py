@@ -209,7 +209,7 @@ def test_a_network_that_sees_colors_finds_the_objects(sets, capsys, data, whiten
     more = ["--whiten", str(sets / whiten)] if whiten else []
     run = sets / "run" / "backbone.pt" if data == "paris" else sets / "run"
     retrieval.main([str(run), "--data", f"{sets}/{data}", "--size", "160", "--workers", "0", *more])
-    result = json.loads((sets / "run" / f"retrieval-{data}.json").read_text())
+    result = json.loads((sets / "run" / f"retrieval-{data}{'-whitened' * bool(whiten)}.json").read_text())
     chance, draw = [], random.Random(0)
     # As many names as a ranking has without its one of junk.
     names = [f"{name}_{i:06}" for name in OBJECTS for i in range(5)] + [f"empty_{i}" for i in range(3)]
@@ -258,7 +258,7 @@ def test_scores_of_a_random_network_are_those_of_a_plain_program(sets, tmp_path)
     found = {path.stem: descriptor(path) for path in (sets / "oxford").rglob("*.png")}
     more = ["--whiten", f"{sets}/paris", "--size", "96", "--levels", "2", "--workers", "0"]
     retrieval.main([str(tmp_path), "--data", f"{sets}/oxford", *more])
-    scores = json.loads((tmp_path / "retrieval-oxford.json").read_text())["average_precision"]
+    scores = json.loads((tmp_path / "retrieval-oxford-whitened.json").read_text())["average_precision"]
     for number, name in enumerate(OBJECTS):
         query = descriptor(sets / "oxford/images" / f"{name}_000000.png", (8, 8, 48, 48))
         ranked = sorted(found, key=lambda image: -(query @ found[image]))
