@@ -93,9 +93,6 @@ def collect(runs):
     """{Row: [(seed, scores, command), ..]} of what read_run returns, for each run."""
     rows = {}
     for log, evals in runs:
-        if "arch" not in log[0]["args"]:
-            print(f"left out, no run of these methods: {log[0]['command']}", file=sys.stderr)
-            continue
         args, seed, (method, own) = log[0]["args"], log[0]["args"]["seed"], method_of(log[0])
         args = {"train_on": "train", **args}  # as the others than LSD-C do
         command = log[0]["command"].replace(f"seed{seed}", "seedS")
@@ -179,6 +176,8 @@ def main(argv=None):
                 log, evals = read_run(file)
                 if not log[-1].keys() & {"result", "stages", "knn"}:
                     raise ValueError("it has not ended")
+                if "arch" not in log[0]["args"]:
+                    raise ValueError("no run of these methods")
                 runs.append((log, evals))
             except (OSError, ValueError, IndexError) as problem:
                 print(f"left out: {file} ({problem})", file=sys.stderr)
