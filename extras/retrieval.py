@@ -12,10 +12,11 @@ integral max-pooling, ICLR 2016. Data sets: Oxford 5k and Paris 6k (Philbin et a
 Symbols: D channels of the last map, h, w its sides, L --levels, R regions. This descriptor is called R-MAC.
 
     python -m extras.retrieval runs/deepcluster-imagenet --data data/oxford5k --whiten data/paris6k
+    python -m extras.retrieval random-vgg16 --data data/oxford5k --whiten data/paris6k        the table's first row
 
 A data set is a folder with images and its own ground truth anywhere in it: NAME_query.txt, NAME_good.txt,
 NAME_ok.txt and NAME_junk.txt for each query. Files that cannot be read are named and ranked nowhere. One process, on
-a GPU where there is one. The result is printed and written beside the run: retrieval-DATA.json or -DATA-whitened.json.
+a GPU where there is one. The result is printed and written beside the run: retrieval-DATA.json, -DATA-whitened.json.
 
 What to expect: the sets were not at hand, table 5 is not reproduced. VGG-16 takes 5 s for 1024 x 768 pixels on one
 core, so Oxford seven hours: use a GPU. On the tests' colored squares, a network that sees colors has an mAP of 1.0
@@ -39,8 +40,8 @@ from pathlib import Path
 from statistics import mean
 
 from common import (  # isort: skip
-    ARCHS, Meter, error, generator, list_images, load_backbone, number, open_image, print_once, read_backbone, setup,
-    to_device, what_runs,
+    ARCHS, Backbone, Images, Loader, Meter, error, fill_batch_norm, generator, list_images, load_backbone, number,
+    open_image, print_once, read_backbone, setup, to_device, what_runs,
 )  # fmt: skip
 from deepcluster import pca
 
@@ -167,11 +168,21 @@ def describe(net, meta, items, then, title, args, device):
     return positions, found
 
 
+def random_network(arch, data, workers, device):
+    """(Backbone, meta) from which deepcluster.py starts, with the batch-norm statistics of 256 of the images."""
+    data = Images(data, None, find_images(data), None, [])
+    loader = Loader(data, 32, 224, 0.875, device, workers, training=False)
+    torch.manual_seed(0)
+    backbone = Backbone(arch, 3, 224, sobel=True).to(device)
+    fill_batch_norm(backbone, loader, torch.arange(min(256, len(data))))
+    return backbone.eval(), {"mean": data.mean, "std": data.std}
+
+
 def main(argv=None):
     more = {"description": "Instance retrieval", "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     p = argparse.ArgumentParser(prog="python -m extras.retrieval", **more)
     # fmt: off
-    p.add_argument("run", metavar="RUN", help="run folder, backbone.pt or others' checkpoint; imagenet-vgg16: torchvision's")
+    p.add_argument("run", metavar="RUN", help="run folder, backbone.pt or others' checkpoint; imagenet-vgg16: torchvision's; random-ARCH: a random network behind a Sobel filter")
     p.add_argument("--data", required=True, help="folder of images and ground truth: Oxford 5k, Paris 6k")
     p.add_argument("--whiten", metavar="FOLDER", help="images on whose regions PCA-whitening is learnt: the other set; None: none")
     p.add_argument("--size", type=number(int, 1), default=1024, help="pixels of an image's longer side [table 5]")
@@ -180,9 +191,14 @@ def main(argv=None):
     # fmt: on
     args, begin, device = p.parse_args(argv), time.time(), setup()
     torch.backends.cudnn.benchmark = False  # images have many shapes, and it would try each one
-    if (arch := read_backbone(args.run)["meta"]["arch"]) not in ARCHS:
-        error(f"{args.run}: a network ({arch}) for vectors, not for images")
-    backbone, meta = load_backbone(args.run)
+    random = args.run.startswith("random-")
+    arch = args.run.removeprefix("random-") if random else read_backbone(args.run)["meta"]["arch"]
+    if arch not in ARCHS:
+        error(f"{args.run}: {arch} is none of the networks for images: {', '.join(ARCHS)}")
+    if random:
+        backbone, meta = random_network(arch, args.data, args.workers, device)
+    else:
+        backbone, meta = load_backbone(args.run)
     net, queries = to_device(convolutions(backbone), device), read_queries(args.data)
     paths = {Path(path).stem: path for path in find_images(args.data)}
     if missing := {image for image, *_ in queries.values()} - paths.keys():
@@ -204,16 +220,17 @@ def main(argv=None):
     order = (torch.stack(rows) @ torch.stack(images).T).argsort(dim=1, descending=True, stable=True).tolist()
     chance = torch.randperm(len(names), generator=generator("chance")).tolist()
 
-    scores, random = {}, []
+    scores, chances = {}, []
     for (query, (_, _, positive, junk)), ranking in zip(queries.items(), order, strict=True):
         scores[query] = average_precision([names[i] for i in ranking], positive, junk)
-        random.append(average_precision([names[i] for i in chance], positive, junk))
-    result = {"map": mean(scores.values()), "map_of_random_ranking": mean(random)}
+        chances.append(average_precision([names[i] for i in chance], positive, junk))
+    result = {"map": mean(scores.values()), "map_of_random_ranking": mean(chances)}
     record = {**what_runs(args, names), **result, "average_precision": scores, "seconds": time.time() - begin}
     folder = Path(args.run) if os.path.isdir(args.run) else Path(args.run).parent
-    path = folder / f"retrieval-{Path(args.data).resolve().name}{'-whitened' * bool(args.whiten)}.json"
+    name = f"retrieval-{Path(args.data).resolve().name}{'-whitened' * bool(args.whiten)}.json"
+    path = folder / (f"{args.run}-{name}" if random else name)
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print_once(f"REPORT mAP {result['map']:.4f}, random ranking {mean(random):.4f}; written to {path}")
+    print_once(f"REPORT mAP {result['map']:.4f}, random ranking {mean(chances):.4f}; written to {path}")
 
 
 if __name__ == "__main__":

@@ -272,6 +272,34 @@ def test_scores_of_a_random_network_are_those_of_a_plain_program(sets, tmp_path)
     assert min(scores.values()) < 0.95  # it is no ranking that every program would find
 
 
+def test_a_random_network_has_the_statistics_of_the_images(sets, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data, more = str(sets / "oxford"), ["--size", "96", "--workers", "0"]
+    retrieval.main(["random-lenet5", "--data", data, *more])
+    found = json.loads((tmp_path / "random-lenet5-retrieval-oxford.json").read_text())
+    torch.manual_seed(0)
+    backbone, paths = common.Backbone("lenet5", 3, 224, sobel=True), sorted((sets / "oxford").rglob("*.png"))
+    for layer in (m for m in backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        layer.momentum = None  # the average of all batches, which is one
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (common.Images.mean, common.Images.std))
+    crops = [common.center_crop(Image.open(path).convert("RGB"), 224, 0.875) for path in paths]
+    backbone((torch.stack([torch.tensor(np.array(x)).permute(2, 0, 1) / 255 for x in crops]) - mean) / std)
+    meta = {
+        **backbone.meta,
+        "method": "random",
+        "mean": common.Images.mean,
+        "std": common.Images.std,
+        "data": "x",
+    }
+    torch.save({"state_dict": backbone.net.state_dict(), "meta": meta}, tmp_path / "backbone.pt")
+    retrieval.main([str(tmp_path), "--data", data, *more])
+    wanted = json.loads((tmp_path / "retrieval-oxford.json").read_text())
+    assert found["average_precision"] == pytest.approx(wanted["average_precision"], abs=1e-6)
+    with pytest.raises(SystemExit):
+        retrieval.main(["random-lenet", "--data", data])
+    assert "lenet is none of the networks" in capsys.readouterr().err
+
+
 def test_unreadable_and_missing_images_are_named_and_count_as_not_found(tmp_path, sets, capsys):
     write_set(tmp_path / "half", "oxc1_")
     (tmp_path / "half/images/all_souls_000001.png").write_bytes(b"no image")
@@ -295,4 +323,6 @@ def test_mistakes_end_with_one_line(tmp_path, sets, capsys):
     command = [run, "--data", f"{sets}/oxford", "--whiten", f"{tmp_path}/none"]
     assert "no images below" in refusal(retrieval.main, command, capsys)
     common.save_file(tmp_path / "backbone.pt", {"state_dict": {}, "meta": {"arch": "mlp"}})
-    assert "for vectors" in refusal(retrieval.main, [str(tmp_path), "--data", f"{sets}/oxford"], capsys)
+    assert "mlp is none of the networks for images" in refusal(
+        retrieval.main, [str(tmp_path), "--data", f"{sets}/oxford"], capsys
+    )
