@@ -2,8 +2,8 @@
 
     IA(theta, K) = NMI(labels, K clusters of the features of the random network theta)
 
-    python -m extras.alignment --ks 5 10 20 50 100 200              digits, half a minute on one core
-    python -m extras.alignment --data fashionmnist --ks 5           5 minutes
+    python -m extras.alignment --ks 5 10 20 50 100 200              digits, 20 seconds on one core
+    python -m extras.alignment --data fashionmnist --ks 5           some minutes
     python -m extras.alignment --data svhn --ks 10 50 100 500 --seeds 100    figure B.1
 
 The paper chooses K by the median over seeds: where it is higher, the trained network is better, too. All other flags are
