@@ -118,7 +118,7 @@ def options(argv=None):
     g.add_argument("--held-out", type=number(float, 0, 0.99), help="share of the training images that choose: weight decay and best epoch, with --finetune learning rate and weight decay")
     g.add_argument("--fill-batch-norm", action=YesNo, default=True, help="with --random: batch-norm statistics of 256 training images, not 0 and 1; --finetune makes its own")
     g.add_argument("--sobel", action=YesNo, help="with --random: filter images by Sobel's operator")
-    g.add_argument("--image-size", type=number(int, 1, 4096), help="with --random or --pixels: side of the square that is seen, in pixels")
+    g.add_argument("--image-size", type=number(int, 1, 4096), help="with --random or --pixels: side of the square that is seen, in pixels; None: the data set's, 224 or 32, but no more than a folder's files have")
     g = p.add_argument_group("training")
     g.add_argument("--epochs", type=number(int, 1), help="passes over the training images, with --finetune for each pair")
     g.add_argument("--batch-size", type=number(int, 1), help="images per step, over all processes")

@@ -8,7 +8,8 @@
 
 The paper chooses K by the median over seeds: where it is higher, the trained network is better, too. All other flags are
 deepcluster.py's. In --out (runs/alignment-DATA): alignment.jsonl, first the command, then a line for each K and seed;
-and alignment.png, for each K a histogram over seeds with the median in red, and the medians over K.
+and alignment.png, for each K a histogram over seeds with the median in red, and the medians over K, with quartiles and
+extremes. What to expect: digits, ten seeds, medians 0.41, 0.62, 0.64, 0.64, 0.63, 0.61 for the six K above.
 """
 
 import argparse
